@@ -1,0 +1,1 @@
+"""The FlashMHF op and layer."""

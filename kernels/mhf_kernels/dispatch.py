@@ -1,0 +1,78 @@
+"""Picks the device kernels of the op: the one place that does. May import torch and, lazily, the backends.
+
+A backend is anything with the members of `Backend`; a module will do. To add one: write the module, and add its line to
+`BACKENDS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Backend(Protocol):
+    """Kernels for the forward and the backward of the op. Inputs are checked already; strides are arbitrary."""
+
+    name: str
+
+    def supports(self, q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> str | None:
+        """Return None where these inputs can run here, else the reason why not."""
+
+    def forward(self, q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> Tensor:
+        """Return o `[B, L, H, d_h]`, contiguous, in the dtype of `q`."""
+
+    def backward(
+        self,
+        grad_o: Tensor,
+        q: Tensor,
+        k: Tensor,
+        u: Tensor,
+        v: Tensor,
+        r: Tensor,
+        needs_grad: tuple[bool, bool, bool, bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Return the gradients of q, k, u, v, r, contiguous, in their dtypes; None where `needs_grad` is False."""
+
+
+class BackendUnavailableError(ValueError):
+    """`MHF_BACKEND` names a backend that does not exist, or that cannot run these inputs."""
+
+
+NAMES = ("gluon", "triton", "reference")
+
+# Name to module, in the order in which `auto` tries them. The last one supports everything.
+BACKENDS = {
+    "reference": "mhf_kernels.blocked",
+}
+
+
+def select(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> Backend:
+    """Return the backend for these inputs, as the environment variable `MHF_BACKEND` says (default `auto`).
+
+    Raises:
+        BackendUnavailableError: the named backend is unknown, not part of this version, or does not support the inputs.
+    """
+    wanted = os.environ.get("MHF_BACKEND") or "auto"
+    if wanted == "auto":
+        candidates = (_load(name) for name in BACKENDS)
+        return next(backend for backend in candidates if backend.supports(q, k, u, v, r) is None)
+
+    if wanted not in NAMES:
+        raise BackendUnavailableError(f"MHF_BACKEND={wanted} is unknown; allowed: auto, {', '.join(NAMES)}")
+    if wanted not in BACKENDS:
+        reason: str | None = f"this version of mhf_kernels has no {wanted} kernels"
+    else:
+        reason = _load(wanted).supports(q, k, u, v, r)
+    if reason is not None:
+        others = ", ".join(name for name in BACKENDS if name != wanted)
+        raise BackendUnavailableError(
+            f"MHF_BACKEND={wanted} is not available here: {reason}; unset it, or set it to one of: auto, {others}"
+        )
+    return _load(wanted)
+
+
+def _load(name: str) -> Backend:
+    return importlib.import_module(BACKENDS[name])

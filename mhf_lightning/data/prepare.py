@@ -1,0 +1,267 @@
+"""`mhf data prepare`: documents -> split -> tokens -> blocks in Arrow shards, a tokenizer and a manifest.
+
+Two passes over the inputs, each with one document in memory at a time: the first hashes and counts, and trains the
+tokenizer; the second encodes and writes. All is written to a temporary folder beside the output and renamed at the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from mhf_lightning.data.encoding import encode_in_order
+from mhf_lightning.data.errors import DataError
+from mhf_lightning.data.manifest import FORMAT_VERSION, MANIFEST, SPLITS, TOKENIZER, FileEntry, Manifest, check_file
+from mhf_lightning.data.packing import BlockWriter
+from mhf_lightning.data.progress import progress, say
+from mhf_lightning.data.sources import BadDocuments, Document, Source, read_documents, resolve_inputs
+from mhf_lightning.data.tokenizer import EOS_TOKEN, eos_id_of, load_tokenizer, train_tokenizer, vocab_size_of
+
+DEFAULT_VOCAB_SIZE = 16384
+
+
+@dataclass
+class _Scan:
+    """What the first pass found."""
+
+    documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    empty: int = 0
+    bad: int = 0
+    content: str = ""
+
+
+class _Corpus:
+    """The inputs and how they are read: the same documents at each reading, or an error."""
+
+    def __init__(self, sources: list[Source], text_key: str, skip_bad: int, validation_fraction: float) -> None:
+        self._sources, self._text_key, self._skip_bad = sources, text_key, skip_bad
+        self._fraction = validation_fraction
+
+    def side(self, digest: bytes) -> str:
+        """The split of a document: by its text alone, so that copies of it land on one side."""
+        return "validation" if int.from_bytes(digest[:8], "big") < self._fraction * 2**64 else "train"
+
+    def read(self, scan: _Scan, quiet: bool) -> Iterator[tuple[Document, str]]:
+        """Yield (document, split), leaving out empty ones; fills `scan` as it goes."""
+        bad = BadDocuments(self._skip_bad, (lambda message: None) if quiet else (lambda text: say(f"warning: {text}")))
+        content = hashlib.sha256()
+        for document in read_documents(self._sources, self._text_key, bad):
+            if not document.text:
+                scan.empty += 1
+                continue
+            digest = hashlib.blake2b(document.text.encode("utf-8"), digest_size=16).digest()
+            content.update(digest)
+            split = self.side(digest)
+            scan.documents[split] += 1
+            yield document, split
+        scan.bad, scan.content = bad.count, content.hexdigest()
+
+
+def prepare(
+    inputs: list[str],
+    out: str,
+    context_length: int = 1024,
+    tokenizer: str | None = None,
+    vocab_size: int | None = None,
+    eos_token: str = EOS_TOKEN,
+    text_key: str = "text",
+    validation_fraction: float = 0.05,
+    skip_bad: int = 0,
+    num_workers: int | None = None,
+    shard_rows: int = 65536,
+) -> Manifest:
+    """Tokenise a corpus and pack it into blocks for training.
+
+    The output depends on the inputs and options alone, not on num_workers. Where `out` already holds the result of the
+    same call, nothing is done.
+
+    Args:
+        inputs: Files (.txt, .jsonl, .jsonl.zst, .parquet; others as plain text), folders, globs, hf://NAME[@CONFIG][:SPLIT]
+            for a Hugging Face dataset, or python-stdlib for the sources of Python's standard library.
+        out: Folder to make. It must not exist, be empty, or hold the result of the same call.
+        context_length: L, the tokens a model sees at once; blocks hold L + 1.
+        tokenizer: A tokenizer.json to use; without it a byte-level BPE is trained on the training documents.
+        vocab_size: Size of the trained vocabulary, 257 or more (16384 unless given).
+        eos_token: The token that ends each document.
+        text_key: The key (jsonl) or column (parquet, Hugging Face) that holds the text.
+        validation_fraction: Share of documents kept for validation, chosen by a hash of their text.
+        skip_bad: How many bad documents (malformed line, missing key, not UTF-8) may be skipped, each with a warning.
+        num_workers: Tokenizer processes (one for each core unless given).
+        shard_rows: Blocks in a file.
+
+    Raises:
+        DataError: The inputs, the options or the output folder are wrong; nothing was written.
+    """
+    _check_options(context_length, tokenizer, vocab_size, validation_fraction, skip_bad, num_workers, shard_rows)
+    sources = resolve_inputs(inputs)
+    target = Path(out).expanduser().resolve()
+    existing = _existing(target)
+    given = load_tokenizer(tokenizer, eos_token) if tokenizer is not None else None
+    size = vocab_size or DEFAULT_VOCAB_SIZE
+    options = {
+        "format_version": FORMAT_VERSION,
+        "context_length": context_length,
+        "eos_token": eos_token,
+        "tokenizer": hashlib.sha256(given.to_str().encode()).hexdigest() if given else f"byte-level BPE {size}",
+        "validation_fraction": validation_fraction,
+        "shard_rows": shard_rows,
+    }
+    corpus = _Corpus(sources, text_key, skip_bad, validation_fraction)
+    scan = _Scan()
+    if given is not None or existing is not None:
+        for _ in _first_pass(corpus, scan, "reading"):
+            pass
+        used = given
+    else:
+        used = train_tokenizer(_first_pass(corpus, scan, "reading"), size, eos_token)
+        if vocab_size_of(used) < size:
+            say(f"warning: the corpus is too small for {size} tokens: the vocabulary has {vocab_size_of(used)}.")
+    fingerprint = hashlib.sha256(json.dumps([options, scan.content], sort_keys=True).encode()).hexdigest()
+    if existing is not None:
+        if existing.fingerprint != fingerprint:
+            raise DataError(
+                f"{out} already holds another dataset (other inputs or options; made from "
+                f"{', '.join(existing.inputs)} with context_length {existing.context_length}). "
+                "Nothing was written. Choose another --out, or remove it."
+            )
+        for entry in existing.files():
+            check_file(target, entry, hashed=False)
+        say(f"already prepared: {out}")
+        return existing
+    assert used is not None
+    vocab = vocab_size_of(used)
+    token_dtype = np.dtype(np.uint16 if vocab <= 2**16 else np.uint32)
+    eos_id = eos_id_of(used, eos_token)
+    with _appearing(target) as folder:
+        writers = {
+            split: BlockWriter(folder, split, context_length, eos_id, token_dtype, shard_rows) for split in SPLITS
+        }
+        largest = _second_pass(corpus, scan, used, eos_token, writers, num_workers or _cores())
+        used.save(str(folder / TOKENIZER))
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            context_length=context_length,
+            vocab_size=vocab,
+            eos_id=eos_id,
+            eos_token=eos_token,
+            largest_token_id=largest,
+            token_dtype=token_dtype.name,
+            fingerprint=fingerprint,
+            inputs=list(inputs),
+            empty_documents=scan.empty,
+            bad_documents=scan.bad,
+            tokenizer=FileEntry.of(folder / TOKENIZER),
+            splits={split: writer.close() for split, writer in writers.items()},
+        )
+        manifest.save(folder)
+    return manifest
+
+
+def _check_options(
+    context_length: int,
+    tokenizer: str | None,
+    vocab_size: int | None,
+    validation_fraction: float,
+    skip_bad: int,
+    num_workers: int | None,
+    shard_rows: int,
+) -> None:
+    least = {"context_length": (context_length, 1), "skip_bad": (skip_bad, 0), "shard_rows": (shard_rows, 1)}
+    least["num_workers"] = (1 if num_workers is None else num_workers, 1)
+    for name, (value, minimum) in least.items():
+        if value < minimum:
+            raise DataError(f"{name} is {value}; it must be at least {minimum}.")
+    if not 0 < validation_fraction < 1:
+        raise DataError(f"validation_fraction is {validation_fraction}; it must lie between 0 and 1, without both.")
+    if tokenizer is not None and vocab_size is not None:
+        raise DataError("give --tokenizer (a file) or --vocab_size (to train one), not both.")
+
+
+def _existing(target: Path) -> Manifest | None:
+    """The manifest of a dataset that is already there; None where there is nothing to write over."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return None
+    if not (target / MANIFEST).is_file():
+        raise DataError(
+            f"{target} exists and is not a prepared dataset. Nothing was written. Choose another --out, or remove it."
+        )
+    return Manifest.load(target)
+
+
+def _first_pass(corpus: _Corpus, scan: _Scan, title: str) -> Iterator[str]:
+    """Yield the texts of the training documents; at the end check that both sides have documents."""
+    with progress(title) as advance:
+        for document, split in corpus.read(scan, quiet=False):
+            advance(1, len(document.text))
+            if split == "train":
+                yield document.text
+    total = sum(scan.documents.values())
+    if not total:
+        raise DataError(
+            f"empty corpus: the inputs hold no text ({scan.empty} empty documents, {scan.bad} bad ones). "
+            "Give files with text in them."
+        )
+    for split in SPLITS:
+        if not scan.documents[split]:
+            raise DataError(
+                f"no document fell to {split}: there are {total}, and each goes to one side whole, by a hash of its "
+                "text. Give more documents (a .jsonl with one a line, or several files), or change "
+                "--validation_fraction."
+            )
+
+
+def _second_pass(
+    corpus: _Corpus,
+    expected: _Scan,
+    tokenizer: Tokenizer,
+    eos_token: str,
+    writers: dict[str, BlockWriter],
+    num_workers: int,
+) -> int:
+    """Encode all documents into the writer of their split; return the largest token id."""
+    scan = _Scan()
+    largest = 0
+
+    def documents() -> Iterator[tuple[str, tuple[str, int]]]:
+        for document, split in corpus.read(scan, quiet=True):
+            yield document.text, (split, len(document.text.encode("utf-8")))
+
+    with progress("tokenising", sum(expected.documents.values())) as advance:
+        for (split, size), tokens in encode_in_order(documents(), tokenizer, eos_token, num_workers):
+            writers[split].add(tokens, size)
+            largest = max(largest, int(tokens.max()))
+            advance(1, size)
+    if scan.content != expected.content:
+        raise DataError("the inputs changed while they were read. Start again when nothing writes to them.")
+    return largest
+
+
+def _cores() -> int:
+    """Cores this process may use: SLURM and containers grant fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _appearing(target: Path) -> Iterator[Path]:
+    """A folder that appears under its name when the block ends well, and not at all otherwise."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = target.parent / f".{target.name}.preparing-{secrets.token_hex(4)}"
+    folder.mkdir()
+    try:
+        yield folder
+        try:
+            folder.rename(target)  # replaces an empty folder and nothing else
+        except OSError as error:
+            raise DataError(f"{target} appeared meanwhile ({error.strerror}); nothing was written over.") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

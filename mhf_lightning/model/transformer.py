@@ -1,0 +1,111 @@
+"""The decoder: embedding, blocks of attention and feed-forward layer, head, and the loss of a batch."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mhf_lightning.model.attention import CausalAttention, document_mask
+from mhf_lightning.model.config import DecoderConfig
+from mhf_lightning.model.ffn import build_ffn
+from mhf_lightning.model.loss import LossSums, linear_cross_entropy_sums
+from mhf_lightning.model.rope import rotary_tables
+
+
+class Block(nn.Module):
+    """One layer: ``x + Attention(RMSNorm(x))``, then ``x + FFN(RMSNorm(x))``."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.attention = CausalAttention(config)
+        self.ffn_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.ffn = build_ffn(config)
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        """Apply the block to ``x [B, L, d_model]``."""
+        x = x + self._drop(self.attention(self.attention_norm(x), cos, sin, mask))
+        return x + self._drop(self.ffn(self.ffn_norm(x)))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+
+class Decoder(nn.Module):
+    """A Llama-like language model whose feed-forward layer is chosen by name (``config.ffn.name``).
+
+    Weights are drawn by :meth:`reset_parameters`, which the constructor calls unless the model is on the meta device.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.final_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        if not self.embedding.weight.is_meta:
+            self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw all weights: embedding, head and attention with std 0.02, the FFN as its initialisation says."""
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        if not self.config.tie_embeddings:
+            nn.init.normal_(self.head.weight, std=0.02)
+        self.final_norm.reset_parameters()
+        for block in self.blocks:
+            for part in (block.attention_norm, block.attention, block.ffn_norm, block.ffn):
+                part.reset_parameters()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        *,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+    ) -> Tensor | LossSums:
+        """Return logits, or with ``labels`` the sums that make the loss (the logits are then never whole).
+
+        Args:
+            input_ids: ``[B, L]``, int64.
+            labels: ``[B, L]``, int64, the token after each position; -100 where there is none.
+            position_ids: ``[B, L]``, positions inside the document; by default 0 ... L - 1.
+            document_ids: ``[B, L]``; where given, attention does not leave a document.
+
+        Returns:
+            Logits ``[B, L, vocab_size]``, or :class:`~mhf_lightning.model.loss.LossSums`.
+        """
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        d_head = self.config.d_model // self.config.num_attention_heads
+        cos, sin = rotary_tables(position_ids, d_head, self.config.rope_theta)
+        mask = None if document_ids is None else document_mask(document_ids)
+        x = self.embedding(input_ids)  # [B, L, d_model]
+        for block in self.blocks:
+            x = block(x, cos, sin, mask)
+        x = self.final_norm(x)
+        if labels is None:
+            return self.head(x)
+        return linear_cross_entropy_sums(x.flatten(0, 1), self.head.weight, labels.flatten())
+
+
+class ParameterCount(NamedTuple):
+    """Number of parameters: all, and without the embedding and an untied head."""
+
+    total: int
+    non_embedding: int
+
+
+def count_parameters(decoder: Decoder) -> ParameterCount:
+    """Count the parameters of a decoder, shared ones once; works on the meta device."""
+    total = sum(p.numel() for p in decoder.parameters())
+    outside = decoder.embedding.weight.numel()
+    if not decoder.config.tie_embeddings:
+        outside += decoder.head.weight.numel()
+    return ParameterCount(total, total - outside)

@@ -1,0 +1,105 @@
+"""AdamW with decay on matrices only, and learning-rate schedules as pure functions of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Optional
+
+import torch
+from torch import nn
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW.
+
+    Attributes:
+        lr: Peak learning rate.
+        beta1: Decay of the mean of gradients.
+        beta2: Decay of the mean of squared gradients.
+        eps: Added to the denominator.
+        weight_decay: Decoupled decay of matrices; norms are not decayed.
+        grad_clip: Global gradient norm above which gradients are scaled down; 0 turns clipping off.
+    """
+
+    lr: float = 1.5e-3
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        for key in ("lr", "eps"):
+            if getattr(self, key) <= 0:
+                raise ValueError(f"optimizer.{key} is {getattr(self, key)}; it must be positive")
+        for key in ("weight_decay", "grad_clip"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"optimizer.{key} is {getattr(self, key)}; it must be 0 or more")
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate over the run, in optimiser steps.
+
+    Attributes:
+        name: ``cosine`` (warm-up, then half a cosine to the end) or ``wsd`` (warm-up, stable, linear decay).
+        warmup_steps: Linear warm-up.
+        decay_steps: Last steps that decay (wsd only).
+        final_ratio: Learning rate at the end, as a share of the peak.
+        total_steps: Length of the schedule; null means trainer.max_steps.
+    """
+
+    name: Literal["cosine", "wsd"] = "cosine"
+    warmup_steps: int = 100
+    decay_steps: int = 0
+    final_ratio: float = 0.01
+    total_steps: Optional[int] = None  # noqa: UP045 - the CLI evaluates annotations, also on Python 3.10
+
+    def factor(self, total_steps: int) -> Callable[[int], float]:
+        """Return the share of the peak learning rate as a function of the steps done.
+
+        Raises:
+            ValueError: Warm-up and decay do not fit into the run.
+        """
+        total = self.total_steps or total_steps
+        if self.warmup_steps < 0 or self.decay_steps < 0 or self.warmup_steps + self.decay_steps > total:
+            raise ValueError(
+                f"schedule: warmup_steps {self.warmup_steps} + decay_steps {self.decay_steps} do not fit into "
+                f"{total} steps; shorten them or raise trainer.max_steps"
+            )
+
+        def at(step: int) -> float:
+            if step < self.warmup_steps:
+                return (step + 1) / self.warmup_steps
+            if self.name == "cosine":
+                done = min(1.0, (step - self.warmup_steps) / max(1, total - self.warmup_steps))
+                return self.final_ratio + (1 - self.final_ratio) * 0.5 * (1 + math.cos(math.pi * done))
+            left = min(1.0, max(0, total - step) / max(1, self.decay_steps)) if self.decay_steps else 1.0
+            return self.final_ratio + (1 - self.final_ratio) * left
+
+        return at
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Split trainable parameters into decayed matrices and the rest (norm weights, whatever their shape)."""
+    norms = {id(p) for m in model.modules() if "RMSNorm" in type(m).__name__ for p in m.parameters(recurse=False)}
+    decayed, rest = [], []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            (rest if id(parameter) in norms or parameter.ndim < 2 else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+
+def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """Build AdamW over ``model``, fused when all parameters are on a GPU."""
+    on_gpu = all(p.is_cuda for p in model.parameters())
+    return torch.optim.AdamW(
+        parameter_groups(model, config.weight_decay),
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True if on_gpu else None,
+    )
