@@ -1,0 +1,37 @@
+# make train: prepare a corpus, pretrain a small FlashMHF, print what came out.
+# make test:  the tests.      make check: lint, format, types.
+# Each sets up .venv by itself; PYTHON=python3.12 make ... picks the interpreter.
+PYTHON ?= python3
+RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
+VENV := .venv
+READY := $(VENV)/.ready
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: train test test-fast check sizes clean
+
+train: $(READY)
+	$(VENV)/bin/mhf data prepare --config configs/quickstart_data.yaml
+	$(VENV)/bin/mhf fit --config configs/quickstart.yaml --run_dir $(RUN)
+
+test: $(READY)
+	$(VENV)/bin/python -m pytest
+
+test-fast: $(READY)
+	$(VENV)/bin/python -m pytest -m "not slow"
+
+check: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+sizes: $(READY)
+	$(VENV)/bin/python configs/size_table.py > configs/paper/SIZES.md
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 10) <= sys.version_info[:2] <= (3, 13) else "Python 3.10 to 3.13 is needed; set PYTHON=python3.12 or the like")'
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@touch $(READY)
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

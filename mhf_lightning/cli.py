@@ -1,0 +1,49 @@
+"""The ``mhf`` command: ``fit``, ``validate``, ``test``, ``predict`` by LightningCLI, and ``data`` for corpora.
+
+Torch and Lightning are imported only by the commands that need them, so that ``mhf --help`` answers at once.
+"""
+
+import sys
+
+from mhf_lightning import __version__
+
+HELP = f"""mhf {__version__}: pretrain language models with FlashMHF feed-forward layers
+
+usage: mhf COMMAND [options]
+
+  mhf data prepare     tokenise and pack a corpus (text, jsonl, parquet, Hub datasets)
+  mhf data inspect     show what a prepared corpus holds
+  mhf data verify      check a prepared corpus against its hashes
+  mhf fit              train; --ckpt_path last continues a run
+  mhf validate         loss and perplexity on the validation split
+  mhf test             the same, logged as test
+  mhf predict          loss of every validation block, as predictions.jsonl in the run folder
+
+  mhf COMMAND --help               all options of a command
+  mhf fit --print_config           the options as a commented starting point
+  mhf --print_completion=bash      completion script (also zsh, tcsh), to be sourced by the shell
+  mhf --version
+
+Options come from the command line and from any number of --config files; what stands later wins.
+"""
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line; errors that a user can mend end with a message and exit code 2."""
+    args = sys.argv[1:] if args is None else args
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+    elif args[0] == "--version":
+        print(f"mhf-lightning {__version__}")
+    elif args[0] == "data":
+        from mhf_lightning.data.cli import main as data_main
+
+        sys.exit(data_main(args[1:]))
+    else:
+        from mhf_lightning.training.cli import run
+
+        run(args)
+
+
+if __name__ == "__main__":
+    main()

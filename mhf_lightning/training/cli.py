@@ -1,0 +1,154 @@
+"""``mhf fit | validate | test | predict``: LightningCLI with OmegaConf, one run folder, and our callbacks.
+
+The parser mode is ``omegaconf+``: interpolations are resolved once, after all files and flags are merged. The mode
+``omegaconf`` resolves each file alone and leaves ``${...}`` silently stale when a later file or flag changes its target.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import set_parsing_settings
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer import Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+from mhf_lightning.callbacks.checkpoint import CheckpointConfig, StepCheckpoint
+from mhf_lightning.callbacks.memory import PeakMemory
+from mhf_lightning.callbacks.progress import StepProgressBar
+from mhf_lightning.callbacks.summary import RunSummary
+from mhf_lightning.callbacks.throughput import Throughput
+from mhf_lightning.data.datamodule import TokenDataModule
+from mhf_lightning.training.module import PretrainModule
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "max_steps": 1000,
+    "max_epochs": -1,  # a run is max_steps steps; the sampler deals out as many passes as that takes
+    "check_val_every_n_epoch": None,
+    "val_check_interval": 500,
+    "num_sanity_val_steps": -1,  # the whole validation split before training: the "before" of the summary
+    "log_every_n_steps": 10,
+    "use_distributed_sampler": False,  # the datamodule deals samples to ranks itself
+    "enable_model_summary": False,
+}
+
+
+class MHFCLI(LightningCLI):
+    """The training commands; the run folder holds config, checkpoints, event files and predictions."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the options that belong to neither trainer, model nor data."""
+        parser.add_argument("--run_dir", type=str, default="runs/run", help="Folder of the run: config, checkpoints, curves.")
+        parser.add_class_arguments(CheckpointConfig, "checkpoint", help="When to save.")
+        parser.add_argument("--sample_prompt", type=str | None, default=None, help="Text to continue in the final summary.")
+        parser.add_argument("--allow_tf32", type=bool, default=True, help="Let float32 matrix products on a GPU use TF32.")
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of the run."""
+        return Path(self._get(self.config, "run_dir"))
+
+    def before_instantiate_classes(self) -> None:
+        """Look for the checkpoint that is asked for, and for a run that must not be overwritten."""
+        options = self.config[self.subcommand]
+        checkpoints = self.run_dir / "checkpoints"
+        if options.get("ckpt_path") == "last":
+            last = checkpoints / "last.ckpt"
+            if not last.exists():
+                raise ValueError(f"--ckpt_path last: {last} does not exist; leave the option out to start a new run")
+            options["ckpt_path"] = str(last)
+        elif options.get("ckpt_path") and not Path(options["ckpt_path"]).exists():
+            raise ValueError(f"--ckpt_path {options['ckpt_path']} does not exist; give a file, or 'last'")
+        if self.subcommand == "fit" and not options.get("ckpt_path"):
+            self._refuse_existing_run()
+        torch.backends.cuda.matmul.allow_tf32 = options["allow_tf32"]
+
+    @rank_zero_only
+    def _refuse_existing_run(self) -> None:
+        if (self.run_dir / "config.yaml").exists():
+            raise ValueError(
+                f"{self.run_dir} already holds a run; continue it with --ckpt_path last, or choose another --run_dir"
+            )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the trainer with the run folder's logger and our callbacks."""
+        callbacks: list[Any] = [PeakMemory(), Throughput()]
+        config = dict(self._get(self.config_init, "trainer"))
+        if config.get("enable_progress_bar") is not False:
+            callbacks.append(StepProgressBar())
+        if self.subcommand == "fit":
+            callbacks.append(RunSummary(self.run_dir, self._get(self.config_init, "sample_prompt")))
+            if config.get("enable_checkpointing") is not False and not config.get("fast_dev_run"):
+                callbacks.append(StepCheckpoint(self.run_dir / "checkpoints", self._get(self.config_init, "checkpoint")))
+        config["default_root_dir"] = config.get("default_root_dir") or str(self.run_dir)
+        if config.get("logger") is None and self.subcommand == "fit":
+            config["logger"] = TensorBoardLogger(str(self.run_dir), name="", version="tensorboard")
+        elif config.get("logger") is None:
+            config["logger"] = False
+        return self._instantiate_trainer({**config, **kwargs}, callbacks)
+
+    def before_fit(self) -> None:
+        """Write the resolved configuration into the run folder; a resumed run keeps one file per start."""
+        if not self._get(self.config, "trainer").get("fast_dev_run"):
+            self._write_config()
+
+    @rank_zero_only
+    def _write_config(self) -> None:
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        path, resumed = self.run_dir / "config.yaml", 0
+        while path.exists():
+            resumed += 1
+            path = self.run_dir / f"config-resume-{resumed}.yaml"
+        text = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False, skip_link_targets=False)
+        path.write_text(text)
+
+    def predict(self, **kwargs: Any) -> None:
+        """Write one line per validation block: its index, summed loss in nats, and number of target tokens."""
+        batches = self.trainer.predict(**kwargs, return_predictions=True) or []
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        path = self.run_dir / "predictions.jsonl"
+        with path.open("w") as file:
+            for batch in batches:
+                for row in zip(*(batch[key].tolist() for key in ("sample_index", "nll", "num_tokens")), strict=True):
+                    file.write(json.dumps(dict(zip(("sample_index", "nll", "num_tokens"), row, strict=True))) + "\n")
+        print(f"wrote {path}")
+
+
+def build_parser_kwargs() -> dict[str, Any]:
+    """Return the settings of every parser of the command line."""
+    return {"parser_mode": "omegaconf+"}
+
+
+@contextmanager
+def _readable_errors() -> Iterator[None]:
+    """Turn a ValueError (bad configuration, data or checkpoint) into a message and exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        print(f"mhf: error: {error}", file=sys.stderr)
+        if "--debug" in sys.argv:
+            raise
+        sys.exit(2)
+
+
+def run(args: list[str]) -> None:
+    """Run one training command with its arguments."""
+    set_parsing_settings(add_print_completion_argument=True)
+    commands = {name: build_parser_kwargs() for name in MHFCLI.subcommands()}
+    with _readable_errors():
+        MHFCLI(
+            PretrainModule,
+            TokenDataModule,
+            args=args,
+            seed_everything_default=1234,
+            save_config_callback=None,
+            trainer_defaults=TRAINER_DEFAULTS,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_kwargs={**build_parser_kwargs(), "prog": "mhf", **commands},
+        )
