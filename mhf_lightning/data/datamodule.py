@@ -1,0 +1,169 @@
+"""Feeds a prepared dataset to a Lightning Trainer, and continues where a checkpoint stopped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from mhf_lightning.data.blocks import Item, PaddedBlocks, TokenBlocks
+from mhf_lightning.data.errors import DataError
+from mhf_lightning.data.manifest import Manifest, verify
+from mhf_lightning.data.sampler import GlobalOrderSampler, SequentialSampler
+
+
+class TokenDataModule(LightningDataModule):
+    """Batches of a prepared dataset: dicts of int64 tensors as in `TokenBlocks`, stacked to [micro_batch_size, ...].
+
+    Training walks the global order of `GlobalOrderSampler` from `consumed_samples` on, for `trainer.max_steps`
+    optimiser steps. Validation, test and predict walk the validation split in order, each block exactly once over all
+    ranks; the last batches are filled with blocks whose labels are all -100 and whose sample_index is -1, so that ranks
+    run the same number of equal batches.
+
+    Nothing here draws from the global random state. Set `use_distributed_sampler=False` on the Trainer.
+
+    Args:
+        path: Folder made by `mhf data prepare`.
+        micro_batch_size: Blocks per rank and forward pass.
+        num_workers: Loader processes per rank; 0 loads in the training process.
+        seed: Of the order of training samples.
+        document_masking: Add `position_ids` and `document_ids`, and no label across the end of a document.
+        verify_hashes: Hash every file of the dataset, once per node, before the first step.
+        val_micro_batch_size: Blocks per rank and forward pass in validation (`micro_batch_size` unless given).
+
+    Raises:
+        DataError: A value is out of range, or, before the first step, the dataset is missing or damaged.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        micro_batch_size: int,
+        num_workers: int = 0,
+        seed: int = 1234,
+        document_masking: bool = False,
+        verify_hashes: bool = True,
+        val_micro_batch_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.path, self.micro_batch_size, self.num_workers, self.seed = path, micro_batch_size, num_workers, seed
+        self.document_masking, self.verify_hashes = document_masking, verify_hashes
+        self.val_micro_batch_size = micro_batch_size if val_micro_batch_size is None else val_micro_batch_size
+        least = {
+            "micro_batch_size": (micro_batch_size, 1),
+            "val_micro_batch_size": (self.val_micro_batch_size, 1),
+            "num_workers": (num_workers, 0),
+            "seed": (seed, 0),
+        }
+        for name, (value, minimum) in least.items():
+            if value < minimum:
+                raise DataError(f"data.{name} is {value}; it must be at least {minimum}.")
+        self.consumed_samples = 0
+        self._manifest: Manifest | None = None
+
+    @property
+    def manifest(self) -> Manifest:
+        """The dataset's manifest, read when first asked for."""
+        if self._manifest is None:
+            self._manifest = Manifest.load(self.path)
+        return self._manifest
+
+    def prepare_data(self) -> None:
+        """Check the dataset's files; Lightning calls it on one process per node while the others wait."""
+        if self.verify_hashes:
+            verify(self.path)
+
+    def train_dataloader(self) -> DataLoader[Item]:
+        """The training batches of this rank, from `consumed_samples` on; its length is that of the whole run."""
+        trainer = self.trainer
+        assert trainer is not None
+        if trainer.max_steps <= 0:
+            raise ValueError(
+                f"trainer.max_steps is {trainer.max_steps}: set trainer.max_steps to the number of optimiser steps. "
+                "The order of samples, the schedule and resume are all counted in steps, not epochs."
+            )
+        rank, world_size = self._data_parallel()
+        blocks = self._blocks("train")
+        window = world_size * self.micro_batch_size
+        sampler = GlobalOrderSampler(
+            num_samples_in_dataset=len(blocks),
+            total_samples=trainer.max_steps * trainer.accumulate_grad_batches * window,
+            seed=self.seed,
+            start=self.consumed_samples,
+            rank=rank,
+            world_size=world_size,
+            micro_batch_size=self.micro_batch_size,
+        )
+        return DataLoader(blocks, batch_sampler=sampler, **self._loader_options())
+
+    def val_dataloader(self) -> DataLoader[Item]:
+        """The validation batches of this rank, all of one shape."""
+        rank, world_size = self._data_parallel()
+        blocks = self._blocks("validation")
+        sampler = SequentialSampler(len(blocks), self.val_micro_batch_size, rank, world_size)
+        return DataLoader(
+            PaddedBlocks(blocks, sampler.padded_samples),
+            sampler=sampler,
+            batch_size=self.val_micro_batch_size,
+            **self._loader_options(),
+        )
+
+    def test_dataloader(self) -> DataLoader[Item]:
+        """The validation batches."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> DataLoader[Item]:
+        """The validation batches."""
+        return self.val_dataloader()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The data cursor: samples consumed over all ranks, and what order they are counted in."""
+        return {
+            "consumed_samples": self.consumed_samples,
+            "seed": self.seed,
+            "dataset_id": self.manifest.dataset_id,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where the checkpoint stopped.
+
+        Raises:
+            DataError: It was trained on another dataset, or in the order of another seed.
+        """
+        if state_dict["dataset_id"] != self.manifest.dataset_id:
+            raise DataError(
+                f"the checkpoint was trained on another dataset than {self.path} (id {state_dict['dataset_id'][:12]}, "
+                f"here {self.manifest.dataset_id[:12]}). Set data.path to that one, or start a new run."
+            )
+        if state_dict["seed"] != self.seed:
+            raise DataError(
+                f"the checkpoint's data order has seed {state_dict['seed']}, data.seed is {self.seed}. "
+                f"Set data.seed to {state_dict['seed']}, or start a new run."
+            )
+        self.consumed_samples = state_dict["consumed_samples"]
+
+    def _blocks(self, split: str) -> TokenBlocks:
+        # prepare_data has hashed the files where that was asked for.
+        return TokenBlocks(self.path, split, verify_hashes=False, document_masking=self.document_masking)
+
+    def _data_parallel(self) -> tuple[int, int]:
+        """(rank, number of ranks) among those that read different data: tensor-parallel ranks read the same."""
+        trainer = self.trainer
+        assert trainer is not None
+        kwargs = getattr(trainer.strategy, "distributed_sampler_kwargs", None)
+        if kwargs is not None:
+            return kwargs["rank"], kwargs["num_replicas"]
+        return trainer.global_rank, trainer.world_size
+
+    def _loader_options(self) -> dict[str, Any]:
+        trainer = self.trainer
+        assert trainer is not None
+        return {
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": trainer.strategy.root_device.type == "cuda",
+            # Each new iterator draws a number; from the global generator, that would move dropout.
+            "generator": torch.Generator().manual_seed(self.seed),
+        }
