@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 train: $(READY)
 	$(VENV)/bin/mhf data prepare --config configs/quickstart_data.yaml
-	$(VENV)/bin/mhf fit --config configs/quickstart.yaml --run_dir $(RUN)
+	$(VENV)/bin/mhf fit --config configs/model/flash_mhf.yaml --config configs/quickstart.yaml --run_dir $(RUN)
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest

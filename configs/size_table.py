@@ -33,14 +33,16 @@ def table() -> str:
     lines = [
         "# Sizes of the paper's models",
         "",
-        "Made by `make sizes` from the files of this folder. *Against baseline* compares the parameters outside embedding and",
-        f"head with the SwiGLU model of the same size; rows more than {TOLERANCE:.0%} off are bold: there the paper's own widths",
-        "and layer counts do not match better.",
+        "Made by `make sizes` from the files of this folder. *Against baseline* compares the parameters outside",
+        f"embedding and head with the SwiGLU model of that size; rows more than {TOLERANCE:.0%} off are bold: the paper's own widths",
+        "and layer counts miss by that much.",
         "",
         "| size | file | layers | d_h | E x d_e | d_ff | parameters | without embeddings | against baseline |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for folder in sorted(PAPER.iterdir(), key=lambda path: ["128m", "370m", "1.3b"].index(path.name) if path.is_dir() else -1):
+    for folder in sorted(
+        PAPER.iterdir(), key=lambda path: ["128m", "370m", "1.3b"].index(path.name) if path.is_dir() else -1
+    ):
         if not folder.is_dir():
             continue
         _, baseline = count(decoder_config(folder / "swiglu.yaml"))

@@ -1,7 +1,17 @@
-"""FlashMHF, usable without the rest of the project: the op, the layer, and its initialisation. Needs torch only."""
+"""FlashMHF (arXiv 2512.06989): the op `flash_mhf` and the layer `FlashMHF`. Imports torch, and nothing else."""
 
-from mhf_kernels.api import flash_mhf
+from mhf_kernels.dispatch import BackendUnavailableError
+from mhf_kernels.functional import flash_mhf, router_weights
 from mhf_kernels.initialization import InitGains
-from mhf_kernels.layer import FlashMHF, HeadRMSNorm, router_weights
+from mhf_kernels.layer import FlashMHF, HeadRMSNorm
+from mhf_kernels.reference import flash_mhf_reference
 
-__all__ = ["FlashMHF", "HeadRMSNorm", "InitGains", "flash_mhf", "router_weights"]
+__all__ = [
+    "BackendUnavailableError",
+    "FlashMHF",
+    "HeadRMSNorm",
+    "InitGains",
+    "flash_mhf",
+    "flash_mhf_reference",
+    "router_weights",
+]

@@ -40,7 +40,9 @@ def flash_mhf(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> Tensor:
 def _check_shapes(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> None:
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, u {tuple(u.shape)}, v {tuple(v.shape)}, r {tuple(r.shape)}"
     if any(x.dim() != 4 for x in (q, k, u, v, r)):
-        raise ValueError(f"flash_mhf: {shapes}; q is [B, L, H, d_h], k, u, v are [H_kuv, E, d_e, d_h], r is [B, L, H, E]")
+        raise ValueError(
+            f"flash_mhf: {shapes}; q is [B, L, H, d_h], k, u, v are [H_kuv, E, d_e, d_h], r is [B, L, H, E]"
+        )
     if k.shape != u.shape or k.shape != v.shape:
         raise ValueError(f"flash_mhf: {shapes}; k, u and v must have one shape, [H_kuv, E, d_e, d_h]")
     if q.shape[3] != k.shape[3]:

@@ -101,20 +101,18 @@ def backward(
     kuv_heads = k.shape[0]
     wide = torch.promote_types(q.dtype, torch.float32)
 
-    def grad_like(x: Tensor, needed: bool) -> Tensor | None:
-        return torch.empty_like(x, memory_format=torch.contiguous_format) if needed else None
-
-    def weight_sum(x: Tensor, needed: bool) -> Tensor | None:
-        return torch.zeros(x.shape, dtype=wide, device=x.device) if needed else None
-
-    dq, dr = grad_like(q, need_q), grad_like(r, need_r)
-    dk, du, dv = weight_sum(k, need_k), weight_sum(u, need_u), weight_sum(v, need_v)
-    q_tokens, r_tokens, grad_tokens = q.flatten(0, 1), r.flatten(0, 1), grad_o.flatten(0, 1)
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device) if need_q else None
+    dr = torch.empty(r.shape, dtype=r.dtype, device=r.device) if need_r else None
+    dk, du, dv = (  # sums over the token chunks
+        torch.zeros(w.shape, dtype=wide, device=w.device) if needed else None
+        for w, needed in ((k, need_k), (u, need_u), (v, need_v))
+    )
+    q_tokens, r_tokens, grad_tokens = q.flatten(0, 1), r.flatten(0, 1), grad_o.flatten(0, 1)  # [T, H, n]
 
     for tokens in _token_chunks(q_tokens, k):
         q_rows, grad_rows = _to_rows(q_tokens[tokens], kuv_heads), _to_rows(grad_tokens[tokens], kuv_heads)
         r_rows = _to_rows(r_tokens[tokens], kuv_heads).to(wide)
-        dq_rows = torch.zeros_like(q_rows, dtype=wide)
+        dq_rows = torch.zeros_like(q_rows, dtype=wide) if need_q else None
         dr_rows = torch.zeros_like(r_rows)
         for e, cols in _ff_blocks(k):
             k_block, u_block, v_block = k[:, e, cols], u[:, e, cols], v[:, e, cols]
@@ -132,17 +130,13 @@ def backward(
             d.mul_(r_e)
             if need_n:
                 dn = g.mul_(d).to(q.dtype)
-                if need_q:
-                    _add_bmm(dq_rows, dn, u_block)
-                if du is not None:
-                    _add_bmm(du[:, e, cols], dn.mT, q_rows)
+                _add_bmm(dq_rows, dn, u_block)
+                _add_bmm(None if du is None else du[:, e, cols], dn.mT, q_rows)
             if need_m:
                 dm = torch.ops.aten.silu_backward(d.mul_(n), m).to(q.dtype)
-                if need_q:
-                    _add_bmm(dq_rows, dm, k_block)
-                if dk is not None:
-                    _add_bmm(dk[:, e, cols], dm.mT, q_rows)
-        if dq is not None:
+                _add_bmm(dq_rows, dm, k_block)
+                _add_bmm(None if dk is None else dk[:, e, cols], dm.mT, q_rows)
+        if dq is not None and dq_rows is not None:
             _from_rows(dq_rows, dq.flatten(0, 1)[tokens])
         if dr is not None:
             _from_rows(dr_rows, dr.flatten(0, 1)[tokens])
@@ -188,8 +182,10 @@ def _from_rows(rows: Tensor, out: Tensor) -> None:
     out.unflatten(1, (kuv_heads, heads // kuv_heads)).copy_(grouped)
 
 
-def _add_bmm(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add `a @ b` to `total`, which may be of a wider dtype than the GEMM."""
+def _add_bmm(total: Tensor | None, a: Tensor, b: Tensor) -> None:
+    """Add `a @ b` to `total`, which may be of a wider dtype than the GEMM; None is a sum that nobody needs."""
+    if total is None:
+        return
     if total.dtype == b.dtype:
         total.baddbmm_(a, b)
     else:

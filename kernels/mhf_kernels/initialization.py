@@ -1,20 +1,25 @@
-"""The named initialisations of the layer: which scale each weight is drawn with. May import nothing of torch."""
+"""The named initialisations of the FlashMHF layer: which standard deviation each weight starts with."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 
-SCHEMES = ("paper", "variance_matched")
-BASE_STD = 0.02  # of a SwiGLU layer's matrices, and of K, U, V in the released weights
+BASE_STD = 0.02
 LINEAR_GAIN = 0.707
 
 
 @dataclass(frozen=True)
 class InitGains:
-    """Scales of a layer's initial weights; as an override, None keeps the scheme's value.
+    """Overrides of single values of an initialisation scheme; None keeps the scheme's value.
 
-    `linear_gain` is the Xavier-uniform gain of W_in and W_out, the others are standard deviations.
+    Attributes:
+        linear_gain: gain of the Xavier-uniform initialisation of W_in and W_out.
+        k_std: standard deviation of K.
+        u_std: standard deviation of U.
+        v_std: standard deviation of V.
+        router_std: standard deviation of the router.
     """
 
     linear_gain: float | None = None
@@ -23,10 +28,16 @@ class InitGains:
     v_std: float | None = None
     router_std: float | None = None
 
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"gains.{field.name} must be a finite number >= 0 or None; got {value}")
+
 
 @dataclass(frozen=True)
-class Scales:
-    """The scales a layer is drawn with."""
+class InitScales:
+    """What `FlashMHF.reset_parameters` draws from: Xavier gain and standard deviations. No None."""
 
     linear_gain: float
     k_std: float
@@ -35,38 +46,51 @@ class Scales:
     router_std: float
 
 
-def scales(
-    scheme: str, *, d_model: int, d_h: int, num_subnetworks: int, unit_queries: bool, gains: InitGains | None = None
-) -> Scales:
-    """Return the scales of a named scheme, with overrides.
+@dataclass(frozen=True)
+class LayerSizes:
+    """What a scheme may depend on."""
 
-    `paper` has the released values. `variance_matched` starts the layer at the scale of a SwiGLU FFN of std 0.02:
-    K and U are scaled so that pre-activations of d_h terms have the variance of d_model terms, V makes up for gates
-    that average 1 / E.
+    d_model: int
+    d_h: int
+    num_subnetworks: int
+    query_norm: bool
+    has_linear: bool
 
-    Args:
-        scheme: `paper` or `variance_matched`.
-        d_model: width of the model.
-        d_h: width of a head.
-        num_subnetworks: E.
-        unit_queries: whether Q starts at unit variance; else at the gain of W_in (0.707), which K and U make up for.
-        gains: overrides.
+
+def paper(sizes: LayerSizes, linear_gain: float) -> InitScales:
+    """Return the values of the authors' released code: everything 0.02."""
+    return InitScales(linear_gain, k_std=BASE_STD, u_std=BASE_STD, v_std=BASE_STD, router_std=BASE_STD)
+
+
+def variance_matched(sizes: LayerSizes, linear_gain: float) -> InitScales:
+    """Return values with which the layer starts at the scale of a SwiGLU FFN whose weights have std 0.02.
+
+    A SwiGLU's pre-activations are sums over d_model terms, here over d_h: hence `sqrt(d_model / d_h)` on K and U. R
+    starts near 1/E: hence `E` on V. Without query norm, Q has the scale that W_in gives it, `linear_gain` times that
+    of its input, instead of 1: K and U make up for it. W_out's gain stays, so the output has about 0.7 times the
+    scale of the SwiGLU's.
+    """
+    qk_std = BASE_STD * math.sqrt(sizes.d_model / sizes.d_h)
+    if sizes.has_linear and not sizes.query_norm and linear_gain > 0:
+        qk_std /= linear_gain
+    v_std = BASE_STD * sizes.num_subnetworks
+    return InitScales(linear_gain, k_std=qk_std, u_std=qk_std, v_std=v_std, router_std=BASE_STD)
+
+
+SCHEMES: dict[str, Callable[[LayerSizes, float], InitScales]] = {
+    "paper": paper,
+    "variance_matched": variance_matched,
+}
+
+
+def initial_scales(scheme: str, sizes: LayerSizes, gains: InitGains | None = None) -> InitScales:
+    """Return the values of a named scheme, with the overrides of `gains`.
 
     Raises:
-        ValueError: the scheme is unknown.
+        ValueError: no scheme has this name.
     """
     if scheme not in SCHEMES:
-        raise ValueError(f"initialization is {scheme!r}; it must be one of {', '.join(SCHEMES)}")
-    given = gains or InitGains()
-    linear_gain = LINEAR_GAIN if given.linear_gain is None else given.linear_gain
-    ku_std = v_std = BASE_STD
-    if scheme == "variance_matched":
-        ku_std *= math.sqrt(d_model / d_h) / (1.0 if unit_queries else linear_gain)
-        v_std *= num_subnetworks
-    return Scales(
-        linear_gain=linear_gain,
-        k_std=ku_std if given.k_std is None else given.k_std,
-        u_std=ku_std if given.u_std is None else given.u_std,
-        v_std=v_std if given.v_std is None else given.v_std,
-        router_std=BASE_STD if given.router_std is None else given.router_std,
-    )
+        raise ValueError(f"unknown initialization {scheme!r}; allowed: {', '.join(SCHEMES)}")
+    gains = gains or InitGains()
+    scales = SCHEMES[scheme](sizes, LINEAR_GAIN if gains.linear_gain is None else gains.linear_gain)
+    return replace(scales, **{name: value for name, value in vars(gains).items() if value is not None})

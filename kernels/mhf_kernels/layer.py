@@ -1,79 +1,72 @@
-"""The FlashMHF layer as an `nn.Module`: projections, query norm, gate, and the op. May import torch and the op."""
+"""FlashMHF, the feed-forward layer of the paper, as a plain `nn.Module`. May import torch and its siblings."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mhf_kernels.api import flash_mhf
-from mhf_kernels.initialization import InitGains, scales
-
-_LEAST_GATE_SUM = 1e-20
+from mhf_kernels.functional import flash_mhf, router_weights
+from mhf_kernels.initialization import InitGains, LayerSizes, initial_scales
 
 
 class HeadRMSNorm(nn.Module):
-    """RMSNorm over the elements of each head, with a weight for each head: `[..., H, d_h]` to the same (step 2)."""
+    """RMSNorm over the last dimension of `[..., H, d_h]`, with a weight of its own for each head.
+
+    Computed in float32 (float64 for float64 inputs), returned in the dtype of the input.
+    """
 
     def __init__(
         self,
         num_heads: int,
         d_h: int,
-        eps: float,
+        eps: float = 1e-6,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(num_heads, d_h, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(num_heads, d_h, device=device, dtype=dtype))  # [H, d_h]
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set every weight to one."""
+        """Set the weight to 1."""
         nn.init.ones_(self.weight)
 
-    def forward(self, q: Tensor) -> Tensor:
-        """Normalise with statistics in float32 (or wider); the result has the dtype of `q`."""
-        wide = q.to(torch.promote_types(q.dtype, torch.float32))
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (normed * self.weight).to(q.dtype)
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `[..., H, d_h]`."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        normed = F.rms_norm(x.to(wide), x.shape[-1:], eps=self.eps)
+        return (normed * self.weight).to(x.dtype)
 
-
-def router_weights(q: Tensor, router: Tensor) -> Tensor:
-    """Compute the gate `R = sigmoid(P) / sum_e sigmoid(P)` with `P = Q_h W^h` (step 3).
-
-    The product and everything after it is in float32 (float64 for float64 queries), also under autocast.
-
-    Args:
-        q: queries, `[B, L, H, d_h]`.
-        router: `[H, d_h, E]`.
-
-    Returns:
-        `[B, L, H, E]`, float32 (or float64); non-negative, summing to one over E.
-    """
-    wide = torch.promote_types(q.dtype, torch.float32)
-    with torch.autocast(q.device.type, enabled=False):
-        gates = torch.einsum("blhd,hde->blhe", q.to(wide), router.to(wide)).sigmoid()
-        return gates / gates.sum(-1, keepdim=True).clamp_min(_LEAST_GATE_SUM)
+    def extra_repr(self) -> str:
+        """Show sizes in `repr`."""
+        num_heads, d_h = self.weight.shape
+        return f"num_heads={num_heads}, d_h={d_h}, eps={self.eps}"
 
 
 class FlashMHF(nn.Module):
-    """Flash Multi-Head Feed-Forward layer (arXiv 2512.06989): `[B, L, d_model]` to `[B, L, d_model]`.
+    """Flash multi-head feed-forward layer: `[B, L, d_model] -> [B, L, d_model]` (arXiv 2512.06989).
+
+    `Q = split_H(X W_in)`; `R` as in `router_weights`; `S` as in `flash_mhf`; `O = concat_H(S) W_out`. No biases. Keeps
+    `O(B L d_model)` for the backward, whatever d_ff = num_subnetworks * d_e.
 
     Args:
-        d_model: width of the model, `H * d_h`.
-        num_heads: H.
-        num_subnetworks: E, sub-networks of a head; all run for every token.
-        d_e: width of a sub-network; `d_ff = E * d_e`.
-        num_kuv_heads: heads of K, U, V; fewer than H means that neighbouring query heads share one. Default: H.
-        query_norm: RMSNorm of every query head (on in the 370M and 1.3B models).
+        d_model: width of the input and the output.
+        num_heads: H; d_h = d_model / num_heads.
+        num_subnetworks: E, the sub-networks of a head; every token runs through all of them.
+        d_e: width of one sub-network; the paper takes 8/3 d_h, rounded up to a multiple of 64.
+        num_kuv_heads: H_kuv, K/U/V heads; several query heads share one where it is smaller. None: num_heads.
+        query_norm: RMSNorm each head of Q.
         skip_linear: leave out W_in and W_out.
         norm_eps: epsilon of the query norm.
-        initialization: `paper` or `variance_matched` (see `mhf_kernels.initialization`).
-        gains: overrides of single scales.
-        device: where to make the parameters; on `meta`, call `to_empty` and `reset_parameters` before use.
-        dtype: of the parameters.
+        initialization: `variance_matched` (the layer starts at the scale of a SwiGLU FFN) or `paper`.
+        gains: overrides of single values of the initialisation.
+        device: device of the parameters; on `meta`, follow with `to_empty` and `reset_parameters`.
+        dtype: dtype of the parameters.
 
     Raises:
-        ValueError: a size is not positive, a number of heads does not divide, or the initialisation is unknown.
+        ValueError: sizes that do not fit together, or an unknown initialisation.
     """
 
     def __init__(
@@ -93,53 +86,85 @@ class FlashMHF(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        kuv_heads = num_heads if num_kuv_heads is None else num_kuv_heads
-        sizes = {"d_model": d_model, "num_heads": num_heads, "num_subnetworks": num_subnetworks, "d_e": d_e}
-        for key, value in {**sizes, "num_kuv_heads": kuv_heads}.items():
-            if value <= 0:
-                raise ValueError(f"{key} is {value}; it must be a positive integer")
-        if d_model % num_heads:
-            raise ValueError(f"d_model is {d_model}, num_heads is {num_heads}: d_model must be a multiple of num_heads")
-        if num_heads % kuv_heads:
-            raise ValueError(f"num_kuv_heads is {kuv_heads}; it must divide num_heads, which is {num_heads}")
-        self.num_heads, self.d_h = num_heads, d_model // num_heads
-        self.scales = scales(
-            initialization,
+        if num_kuv_heads is None:
+            num_kuv_heads = num_heads
+        _check_sizes(
             d_model=d_model,
-            d_h=self.d_h,
+            num_heads=num_heads,
             num_subnetworks=num_subnetworks,
-            unit_queries=query_norm or skip_linear,
-            gains=gains,
+            d_e=d_e,
+            num_kuv_heads=num_kuv_heads,
         )
-        place = {"device": device, "dtype": dtype}
-        self.w_in = None if skip_linear else nn.Linear(d_model, d_model, bias=False, **place)
-        self.q_norm = HeadRMSNorm(num_heads, self.d_h, norm_eps, **place) if query_norm else None
-        self.k = nn.Parameter(torch.empty(kuv_heads, num_subnetworks, d_e, self.d_h, **place))
-        self.u = nn.Parameter(torch.empty_like(self.k))
-        self.v = nn.Parameter(torch.empty_like(self.k))
-        self.router = nn.Parameter(torch.empty(num_heads, self.d_h, num_subnetworks, **place))
-        self.w_out = None if skip_linear else nn.Linear(d_model, d_model, bias=False, **place)
-        if not self.k.is_meta:
-            self.reset_parameters()
+        self.d_model, self.num_heads, self.d_h = d_model, num_heads, d_model // num_heads
+        self.num_subnetworks, self.d_e, self.num_kuv_heads = num_subnetworks, d_e, num_kuv_heads
+        self.initialization = initialization
+        sizes = LayerSizes(d_model, self.d_h, num_subnetworks, query_norm=query_norm, has_linear=not skip_linear)
+        self.scales = initial_scales(initialization, sizes, gains)
 
-    @torch.no_grad()
+        def empty(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        def linear() -> nn.Linear | None:
+            return None if skip_linear else nn.Linear(d_model, d_model, bias=False, device=device, dtype=dtype)
+
+        self.w_in = linear()
+        self.q_norm = HeadRMSNorm(num_heads, self.d_h, norm_eps, device, dtype) if query_norm else None
+        self.router = empty(num_heads, self.d_h, num_subnetworks)
+        self.k = empty(num_kuv_heads, num_subnetworks, d_e, self.d_h)
+        self.u = empty(num_kuv_heads, num_subnetworks, d_e, self.d_h)
+        self.v = empty(num_kuv_heads, num_subnetworks, d_e, self.d_h)
+        self.w_out = linear()
+        self.reset_parameters()
+
     def reset_parameters(self) -> None:
-        """Draw all weights at the scales of the named initialisation."""
-        for linear in (self.w_in, self.w_out):
-            if linear is not None:
-                nn.init.xavier_uniform_(linear.weight, gain=self.scales.linear_gain)
+        """Draw every parameter anew, as `initialization` and `gains` say.
+
+        The router is truncated at +-2, PyTorch's default: at std 0.02 that is a plain normal distribution.
+        """
+        for w in (self.w_in, self.w_out):
+            if w is not None:
+                nn.init.xavier_uniform_(w.weight, gain=self.scales.linear_gain)
         if self.q_norm is not None:
             self.q_norm.reset_parameters()
+        nn.init.trunc_normal_(self.router, std=self.scales.router_std)
         nn.init.normal_(self.k, std=self.scales.k_std)
         nn.init.normal_(self.u, std=self.scales.u_std)
         nn.init.normal_(self.v, std=self.scales.v_std)
-        nn.init.trunc_normal_(self.router, std=self.scales.router_std)
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Return Q `[B, L, H, d_h]` of `x [B, L, d_model]`, normalised where the layer does so.
+
+        With `router_weights(layer.queries(x), layer.router)` one can look at the gate.
+        """
+        q = x if self.w_in is None else self.w_in(x)
+        q = q.unflatten(-1, (self.num_heads, self.d_h))
+        return q if self.q_norm is None else self.q_norm(q)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to `x [B, L, d_model]`."""
-        q = (x if self.w_in is None else self.w_in(x)).unflatten(-1, (self.num_heads, self.d_h))  # [B, L, H, d_h]
-        if self.q_norm is not None:
-            q = self.q_norm(q)
+        """Map `[B, L, d_model]` to `[B, L, d_model]`."""
+        if x.dim() != 3 or x.shape[-1] != self.d_model:
+            raise ValueError(f"the input must be [B, L, d_model = {self.d_model}]; got {list(x.shape)}")
+        q = self.queries(x)  # [B, L, H, d_h]
         r = router_weights(q, self.router)  # [B, L, H, E]
-        o = flash_mhf(q, self.k, self.u, self.v, r).flatten(2)  # [B, L, d_model]
+        o = flash_mhf(q, self.k, self.u, self.v, r).flatten(-2)  # [B, L, d_model]
         return o if self.w_out is None else self.w_out(o)
+
+    def extra_repr(self) -> str:
+        """Show sizes in `repr`."""
+        return (
+            f"d_model={self.d_model}, num_heads={self.num_heads}, num_subnetworks={self.num_subnetworks}, "
+            f"d_e={self.d_e}, num_kuv_heads={self.num_kuv_heads}, initialization={self.initialization}"
+        )
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1; got {size}")
+    d_model, num_heads, num_kuv_heads = sizes["d_model"], sizes["num_heads"], sizes["num_kuv_heads"]
+    if d_model % num_heads != 0:
+        raise ValueError(f"d_model must be a multiple of num_heads; got d_model {d_model} and num_heads {num_heads}")
+    if num_heads % num_kuv_heads != 0:
+        raise ValueError(
+            f"num_heads must be a multiple of num_kuv_heads; got num_heads {num_heads}, num_kuv_heads {num_kuv_heads}"
+        )

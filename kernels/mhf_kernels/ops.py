@@ -110,14 +110,18 @@ _register_autocast(_lib, "cpu", "AutocastCPU")
 _register_autocast(_lib, "cuda", "AutocastCUDA")
 
 
-@register_flop_formula(torch.ops.mhf.flash_mhf)
-def _forward_flops(q_shape: torch.Size, k_shape: torch.Size, *_: Any, **__: Any) -> int:
-    """Count model FLOPs: three GEMMs over d_ff, `6 T H d_h d_ff`."""
+def _model_flops(q_shape: torch.Size, k_shape: torch.Size) -> int:
+    """Three GEMMs over d_ff: `6 T H d_h d_ff`."""
     _, subnetworks, d_e, _ = k_shape
     return 6 * math.prod(q_shape) * subnetworks * d_e
 
 
+@register_flop_formula(torch.ops.mhf.flash_mhf)
+def _forward_flops(q_shape: torch.Size, k_shape: torch.Size, *_: Any, **__: Any) -> int:
+    return _model_flops(q_shape, k_shape)
+
+
 @register_flop_formula(torch.ops.mhf.flash_mhf_backward)
-def _backward_flops(grad_shape: torch.Size, q_shape: torch.Size, k_shape: torch.Size, *_: Any, **__: Any) -> int:
-    """Count model FLOPs: twice the forward, whatever the backend recomputes and whichever gradients are wanted."""
-    return 2 * _forward_flops(q_shape, k_shape)
+def _backward_flops(_grad_shape: torch.Size, q_shape: torch.Size, k_shape: torch.Size, *_: Any, **__: Any) -> int:
+    # Twice the forward, whatever the backend recomputes and whichever gradients are wanted: model FLOPs.
+    return 2 * _model_flops(q_shape, k_shape)

@@ -21,7 +21,9 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         if self.every_n_steps <= 0 or self.keep <= 0:
-            raise ValueError(f"checkpoint: every_n_steps is {self.every_n_steps}, keep is {self.keep}; both must be positive")
+            raise ValueError(
+                f"checkpoint: every_n_steps is {self.every_n_steps}, keep is {self.keep}; both must be positive"
+            )
 
 
 class StepCheckpoint(ModelCheckpoint):

@@ -48,7 +48,7 @@ class ExactResume(Callback):
 
 def get_rng_state() -> dict[str, Any]:
     """Return the state of Python's, NumPy's and PyTorch's generators as plain values and tensors."""
-    version, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - libraries use the global one
+    version, keys, position, has_gauss, cached = np.random.get_state()
     state: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": (version, torch.from_numpy(np.asarray(keys).copy()), position, has_gauss, cached),

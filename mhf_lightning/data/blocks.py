@@ -126,7 +126,8 @@ class PaddedBlocks(Dataset[Item]):
 
     def __getitems__(self, indices: list[int]) -> list[Item]:
         """The items of a whole batch, whose padding comes last."""
-        real = self.blocks.__getitems__([index for index in indices if index < len(self.blocks)])
+        present = [index for index in indices if index < len(self.blocks)]
+        real = self.blocks.__getitems__(present) if present else []
         return real + [self.blocks.padding_item() for _ in range(len(indices) - len(real))]
 
 

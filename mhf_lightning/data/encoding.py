@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -88,9 +89,18 @@ def _by_document(tags: list[Tag], encoded: Encoded) -> Iterator[tuple[Tag, np.nd
 def _start_worker(tokenizer_json: str, eos_token: str) -> None:
     global _worker  # noqa: PLW0603 (the state of a worker process)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent ends the workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     tokenizer = tokenizer_from_json(tokenizer_json, eos_token, "passed to a worker")
     _worker = (tokenizer, eos_id_of(tokenizer, eos_token))
+
+
+def _end_with_parent() -> None:
+    """A worker of a killed parent would wait for work forever: it holds both ends of its queue."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _encode(texts: list[str]) -> Encoded:

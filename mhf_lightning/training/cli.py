@@ -43,10 +43,16 @@ class MHFCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options that belong to neither trainer, model nor data."""
-        parser.add_argument("--run_dir", type=str, default="runs/run", help="Folder of the run: config, checkpoints, curves.")
+        parser.add_argument(
+            "--run_dir", type=str, default="runs/run", help="Folder of the run: config, checkpoints, curves."
+        )
         parser.add_class_arguments(CheckpointConfig, "checkpoint", help="When to save.")
-        parser.add_argument("--sample_prompt", type=str | None, default=None, help="Text to continue in the final summary.")
-        parser.add_argument("--allow_tf32", type=bool, default=True, help="Let float32 matrix products on a GPU use TF32.")
+        parser.add_argument(
+            "--sample_prompt", type=str | None, default=None, help="Text to continue in the final summary."
+        )
+        parser.add_argument(
+            "--allow_tf32", type=bool, default=True, help="Let float32 matrix products on a GPU use TF32."
+        )
 
     @property
     def run_dir(self) -> Path:
@@ -84,7 +90,12 @@ class MHFCLI(LightningCLI):
         if self.subcommand == "fit":
             callbacks.append(RunSummary(self.run_dir, self._get(self.config_init, "sample_prompt")))
             if config.get("enable_checkpointing") is not False and not config.get("fast_dev_run"):
-                callbacks.append(StepCheckpoint(self.run_dir / "checkpoints", self._get(self.config_init, "checkpoint")))
+                callbacks.append(
+                    StepCheckpoint(self.run_dir / "checkpoints", self._get(self.config_init, "checkpoint"))
+                )
+        if config.get("precision") is None:
+            on_gpu = torch.cuda.is_available() and config.get("accelerator") != "cpu"
+            config["precision"] = "bf16-mixed" if on_gpu else "32-true"
         config["default_root_dir"] = config.get("default_root_dir") or str(self.run_dir)
         if config.get("logger") is None and self.subcommand == "fit":
             config["logger"] = TensorBoardLogger(str(self.run_dir), name="", version="tensorboard")
@@ -104,7 +115,9 @@ class MHFCLI(LightningCLI):
         while path.exists():
             resumed += 1
             path = self.run_dir / f"config-resume-{resumed}.yaml"
-        text = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False, skip_link_targets=False)
+        text = self._parser(self.subcommand).dump(
+            self.config[self.subcommand], skip_none=False, skip_link_targets=False
+        )
         path.write_text(text)
 
     def predict(self, **kwargs: Any) -> None:
@@ -144,7 +157,7 @@ def run(args: list[str]) -> None:
         MHFCLI(
             PretrainModule,
             TokenDataModule,
-            args=args,
+            args=None if args == sys.argv[1:] else args,
             seed_everything_default=1234,
             save_config_callback=None,
             trainer_defaults=TRAINER_DEFAULTS,

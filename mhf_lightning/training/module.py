@@ -167,11 +167,15 @@ class PretrainModule(LightningModule):
                 logger.log_metrics({f"{name}/{key}": float(value) for key, value in values.items()}, step=0)
             return
         # The values are already global, so there is nothing left to reduce.
-        self.log_dict({f"{name}/{key}": value.float() for key, value in values.items()}, prog_bar=True, rank_zero_only=True)
+        self.log_dict(
+            {f"{name}/{key}": value.float() for key, value in values.items()}, prog_bar=True, rank_zero_only=True
+        )
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Return each block's summed negative log-likelihood (nats) and number of target tokens."""
-        rows = [self.loss_sums({key: value[i : i + 1] for key, value in batch.items()}) for i in range(len(batch["labels"]))]
+        rows = [
+            self.loss_sums({key: value[i : i + 1] for key, value in batch.items()}) for i in range(len(batch["labels"]))
+        ]
         return {
             "sample_index": batch["sample_index"],
             "nll": torch.stack([row.nll for row in rows]),
