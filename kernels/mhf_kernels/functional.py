@@ -9,6 +9,8 @@ from torch import Tensor
 
 from mhf_kernels.ops import flash_mhf_op
 
+# Asking torch.amp.is_autocast_available instead would break the graph under torch.compile in torch 2.11.
+AUTOCAST_DEVICES = ("cpu", "cuda")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -60,7 +62,7 @@ def router_weights(q: Tensor, router: Tensor) -> Tensor:
 
 
 def _autocast_disabled(device_type: str) -> contextlib.AbstractContextManager[object]:
-    if torch.amp.is_autocast_available(device_type):  # not on the meta device
+    if device_type in AUTOCAST_DEVICES:  # not on the meta device
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 
@@ -94,7 +96,7 @@ def _check_devices_and_dtypes(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Ten
     if any(x.dtype not in DTYPES for x in tensors.values()):
         raise ValueError(f"q, k, u, v and r must be of one of {DTYPES}; got {given}")
     device_type = q.device.type
-    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    autocast = device_type in AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type)
     if autocast and q.dtype != torch.float64:
         if any(x.dtype == torch.float64 for x in tensors.values()):
             raise ValueError(f"autocast does not cast float64: all of q, k, u, v must be float64 or none; got {given}")

@@ -23,7 +23,7 @@ class ExactResume(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: dict[str, torch.Tensor], batch_idx: int
     ) -> None:
         """Advance the data cursor; runs before a checkpoint callback, which Lightning keeps last."""
-        datamodule = getattr(trainer, "datamodule", None)
+        datamodule: Any = getattr(trainer, "datamodule", None)
         if hasattr(datamodule, "consumed_samples"):
             datamodule.consumed_samples += len(batch["labels"]) * trainer.world_size
 

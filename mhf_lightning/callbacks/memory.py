@@ -5,6 +5,8 @@ import resource
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from mhf_lightning.callbacks import log_interval
+
 GIB = 2**30
 
 
@@ -22,5 +24,5 @@ class PeakMemory(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Log at the steps at which Lightning writes to its loggers."""
-        if (trainer.global_step % trainer.log_every_n_steps) == 0:
+        if (trainer.global_step % log_interval(trainer)) == 0:
             pl_module.log("memory/peak_gib", peak_memory_gib(pl_module.device), reduce_fx="max", sync_dist=True)

@@ -7,6 +7,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from mhf_lightning.callbacks import log_interval
+
 
 class Throughput(Callback):
     """Logs ``throughput/tokens_per_s`` over all ranks, between the steps at which Lightning logs.
@@ -33,7 +35,7 @@ class Throughput(Callback):
             self._window_start = self._now(pl_module)
             return
         self._window_tokens += batch["labels"].numel() * trainer.world_size
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        if trainer.global_step % log_interval(trainer) == 0:
             rate = self._close(pl_module)
             if rate is not None:
                 pl_module.log("throughput/tokens_per_s", rate, prog_bar=True)

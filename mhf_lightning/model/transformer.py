@@ -1,6 +1,6 @@
 """The decoder: embedding, blocks of attention and feed-forward layer, head, and the loss of a batch."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,15 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.attention = CausalAttention(config)
         self.ffn_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.ffn = build_ffn(config)
+        self.ffn: Any = build_ffn(config)  # an nn.Module with reset_parameters
         self.dropout = config.dropout
+
+    def reset_parameters(self) -> None:
+        """Draw the weights of all parts."""
+        self.attention_norm.reset_parameters()
+        self.attention.reset_parameters()
+        self.ffn_norm.reset_parameters()
+        self.ffn.reset_parameters()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
         """Apply the block to ``x [B, L, d_model]``."""
@@ -59,8 +66,8 @@ class Decoder(nn.Module):
             nn.init.normal_(self.head.weight, std=0.02)
         self.final_norm.reset_parameters()
         for block in self.blocks:
-            for part in (block.attention_norm, block.attention, block.ffn_norm, block.ffn):
-                part.reset_parameters()
+            assert isinstance(block, Block)
+            block.reset_parameters()
 
     def forward(
         self,

@@ -1,0 +1,1 @@
+"""The LightningModule, its optimiser and schedule, and the training commands."""

@@ -1,7 +1,8 @@
 """``mhf fit | validate | test | predict``: LightningCLI with OmegaConf, one run folder, and our callbacks.
 
 The parser mode is ``omegaconf+``: interpolations are resolved once, after all files and flags are merged. The mode
-``omegaconf`` resolves each file alone and leaves ``${...}`` silently stale when a later file or flag changes its target.
+``omegaconf`` resolves each file alone and leaves ``${...}`` silently stale when a later file or flag changes its
+target.
 """
 
 import json
@@ -61,7 +62,7 @@ class MHFCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Look for the checkpoint that is asked for, and for a run that must not be overwritten."""
-        options = self.config[self.subcommand]
+        options = self.config[str(self.subcommand)]
         checkpoints = self.run_dir / "checkpoints"
         if options.get("ckpt_path") == "last":
             last = checkpoints / "last.ckpt"
@@ -116,7 +117,7 @@ class MHFCLI(LightningCLI):
             resumed += 1
             path = self.run_dir / f"config-resume-{resumed}.yaml"
         text = self._parser(self.subcommand).dump(
-            self.config[self.subcommand], skip_none=False, skip_link_targets=False
+            self.config[str(self.subcommand)], skip_none=False, skip_link_targets=False
         )
         path.write_text(text)
 

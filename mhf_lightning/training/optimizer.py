@@ -86,7 +86,8 @@ class ScheduleConfig:
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Split trainable parameters into decayed matrices and the rest (norm weights, whatever their shape)."""
     norms = {id(p) for m in model.modules() if "RMSNorm" in type(m).__name__ for p in m.parameters(recurse=False)}
-    decayed, rest = [], []
+    decayed: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             (rest if id(parameter) in norms or parameter.ndim < 2 else decayed).append(parameter)
