@@ -37,13 +37,14 @@ class InitGains:
 
 @dataclass(frozen=True)
 class InitScales:
-    """What `FlashMHF.reset_parameters` draws from: Xavier gain and standard deviations. No None."""
+    """What `FlashMHF.reset_parameters` draws from: Xavier gain and standard deviations."""
 
     linear_gain: float
     k_std: float
     u_std: float
     v_std: float
     router_std: float
+    truncate_router: bool
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ class LayerSizes:
 
 
 def paper(sizes: LayerSizes, linear_gain: float) -> InitScales:
-    """Return the values of the authors' released code: everything 0.02."""
-    return InitScales(linear_gain, k_std=BASE_STD, u_std=BASE_STD, v_std=BASE_STD, router_std=BASE_STD)
+    """Return the values of the authors' released code: everything 0.02, the router from a truncated normal."""
+    return InitScales(linear_gain, BASE_STD, BASE_STD, BASE_STD, BASE_STD, truncate_router=True)
 
 
 def variance_matched(sizes: LayerSizes, linear_gain: float) -> InitScales:
@@ -70,11 +71,11 @@ def variance_matched(sizes: LayerSizes, linear_gain: float) -> InitScales:
     of its input, instead of 1: K and U make up for it. W_out's gain stays, so the output has about 0.7 times the
     scale of the SwiGLU's.
     """
-    qk_std = BASE_STD * math.sqrt(sizes.d_model / sizes.d_h)
+    ku_std = BASE_STD * math.sqrt(sizes.d_model / sizes.d_h)
     if sizes.has_linear and not sizes.query_norm and linear_gain > 0:
-        qk_std /= linear_gain
+        ku_std /= linear_gain
     v_std = BASE_STD * sizes.num_subnetworks
-    return InitScales(linear_gain, k_std=qk_std, u_std=qk_std, v_std=v_std, router_std=BASE_STD)
+    return InitScales(linear_gain, ku_std, ku_std, v_std, BASE_STD, truncate_router=False)
 
 
 SCHEMES: dict[str, Callable[[LayerSizes, float], InitScales]] = {

@@ -119,14 +119,17 @@ class FlashMHF(nn.Module):
     def reset_parameters(self) -> None:
         """Draw every parameter anew, as `initialization` and `gains` say.
 
-        The router is truncated at +-2, PyTorch's default: at std 0.02 that is a plain normal distribution.
+        Truncation is at +-2, the default of `trunc_normal_`: at the paper's std of 0.02 it cuts nothing off.
         """
         for w in (self.w_in, self.w_out):
             if w is not None:
                 nn.init.xavier_uniform_(w.weight, gain=self.scales.linear_gain)
         if self.q_norm is not None:
             self.q_norm.reset_parameters()
-        nn.init.trunc_normal_(self.router, std=self.scales.router_std)
+        if self.scales.truncate_router and self.scales.router_std > 0:  # trunc_normal_ divides by std
+            nn.init.trunc_normal_(self.router, std=self.scales.router_std)
+        else:
+            nn.init.normal_(self.router, std=self.scales.router_std)
         nn.init.normal_(self.k, std=self.scales.k_std)
         nn.init.normal_(self.u, std=self.scales.u_std)
         nn.init.normal_(self.v, std=self.scales.v_std)

@@ -42,7 +42,8 @@ class RunSummary(Callback):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Throughput):
                 rows["tokens/s"] = f"{callback.tokens_per_s:,.0f}"
-        rows["peak memory"] = f"{peak_memory_gib(pl_module.device):.2f} GiB ({pl_module.device.type})"
+        device = trainer.strategy.root_device  # the module itself is back on the CPU by now
+        rows["peak memory"] = f"{peak_memory_gib(device):.2f} GiB ({device.type})"
         before = pl_module.initial_validation
         if before:
             rows["validation before"] = f"loss {before['loss']:.4f}, perplexity {before['perplexity']:,.1f}"

@@ -24,7 +24,7 @@ from mhf_lightning.data.errors import DataError
 from mhf_lightning.data.manifest import FORMAT_VERSION, MANIFEST, SPLITS, TOKENIZER, FileEntry, Manifest, check_file
 from mhf_lightning.data.packing import BlockWriter
 from mhf_lightning.data.progress import progress, say
-from mhf_lightning.data.sources import BadDocuments, Document, Source, read_documents, resolve_inputs
+from mhf_lightning.data.sources import BadDocuments, Source, read_documents, resolve_inputs
 from mhf_lightning.data.tokenizer import EOS_TOKEN, eos_id_of, load_tokenizer, train_tokenizer, vocab_size_of
 
 DEFAULT_VOCAB_SIZE = 16384
@@ -51,19 +51,20 @@ class _Corpus:
         """The split of a document: by its text alone, so that copies of it land on one side."""
         return "validation" if int.from_bytes(digest[:8], "big") < self._fraction * 2**64 else "train"
 
-    def read(self, scan: _Scan, quiet: bool) -> Iterator[tuple[Document, str]]:
-        """Yield (document, split), leaving out empty ones; fills `scan` as it goes."""
+    def read(self, scan: _Scan, quiet: bool) -> Iterator[tuple[str, str, int]]:
+        """Yield (text, split, bytes of UTF-8), leaving out empty documents; fills `scan` as it goes."""
         bad = BadDocuments(self._skip_bad, (lambda message: None) if quiet else (lambda text: say(f"warning: {text}")))
         content = hashlib.sha256()
         for document in read_documents(self._sources, self._text_key, bad):
             if not document.text:
                 scan.empty += 1
                 continue
-            digest = hashlib.blake2b(document.text.encode("utf-8"), digest_size=16).digest()
+            data = document.text.encode("utf-8")
+            digest = hashlib.blake2b(data, digest_size=16).digest()
             content.update(digest)
             split = self.side(digest)
             scan.documents[split] += 1
-            yield document, split
+            yield document.text, split, len(data)
         scan.bad, scan.content = bad.count, content.hexdigest()
 
 
@@ -107,7 +108,7 @@ def prepare(
     target = Path(out).expanduser().resolve()
     existing = _existing(target)
     given = load_tokenizer(tokenizer, eos_token) if tokenizer is not None else None
-    size = vocab_size or DEFAULT_VOCAB_SIZE
+    size = DEFAULT_VOCAB_SIZE if vocab_size is None else vocab_size
     options = {
         "format_version": FORMAT_VERSION,
         "context_length": context_length,
@@ -201,10 +202,10 @@ def _existing(target: Path) -> Manifest | None:
 def _first_pass(corpus: _Corpus, scan: _Scan, title: str) -> Iterator[str]:
     """Yield the texts of the training documents; at the end check that both sides have documents."""
     with progress(title) as advance:
-        for document, split in corpus.read(scan, quiet=False):
-            advance(1, len(document.text))
+        for text, split, size in corpus.read(scan, quiet=False):
+            advance(1, size)
             if split == "train":
-                yield document.text
+                yield text
     total = sum(scan.documents.values())
     if not total:
         raise DataError(
@@ -233,8 +234,8 @@ def _second_pass(
     largest = 0
 
     def documents() -> Iterator[tuple[str, tuple[str, int]]]:
-        for document, split in corpus.read(scan, quiet=True):
-            yield document.text, (split, len(document.text.encode("utf-8")))
+        for text, split, size in corpus.read(scan, quiet=True):
+            yield text, (split, size)
 
     with progress("tokenising", sum(expected.documents.values())) as advance:
         for (split, size), tokens in encode_in_order(documents(), tokenizer, eos_token, num_workers):

@@ -16,9 +16,9 @@ EOS_TOKEN = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # 256 bytes and EOS
 # An Encoding takes some 400 bytes a token, so a long document is encoded in pieces.
 PIECE_CHARACTERS = 1 << 18
-# A line break between two visible characters. GPT-2's pre-tokenizer, and those after it, end a word there, so pieces
-# cut behind it encode to the same tokens as the whole.
-_CUT = re.compile(r"(?<=\S\n)(?=\S)")
+# Before the one space between two words. The pre-tokenizers in use (GPT-2's and those after it, and SentencePiece's)
+# begin a new word there whatever surrounds it, so the pieces encode to the same tokens as the whole.
+_CUT = re.compile(r"(?<=[^\W_])(?= [^\W\d_])")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, eos_token: str = EOS_TOKEN) -> Tokenizer:
@@ -109,7 +109,7 @@ def vocab_size_of(tokenizer: Tokenizer) -> int:
 
 
 def split_pieces(text: str) -> Iterator[str]:
-    """Cut a long text behind line breaks, into pieces of at least `PIECE_CHARACTERS` that encode as the whole does."""
+    """Cut a long text between words, into pieces of at least `PIECE_CHARACTERS` that encode as the whole does."""
     start = 0
     while len(text) - start > PIECE_CHARACTERS:
         cut = _CUT.search(text, start + PIECE_CHARACTERS)

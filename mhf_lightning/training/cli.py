@@ -116,10 +116,8 @@ class MHFCLI(LightningCLI):
         while path.exists():
             resumed += 1
             path = self.run_dir / f"config-resume-{resumed}.yaml"
-        text = self._parser(self.subcommand).dump(
-            self.config[str(self.subcommand)], skip_none=False, skip_link_targets=False
-        )
-        path.write_text(text)
+        options: Any = self.config[str(self.subcommand)]
+        path.write_text(self._parser(self.subcommand).dump(options, skip_none=False, skip_link_targets=False))
 
     def predict(self, **kwargs: Any) -> None:
         """Write one line per validation block: its index, summed loss in nats, and number of target tokens."""

@@ -1,0 +1,127 @@
+"""The real `mhf` command in processes of its own: fit, resume, validate, test, predict, and bad input."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    *("--config", str(ROOT / "configs/model/flash_mhf.yaml"), "--config", str(ROOT / "configs/trainer/cpu.yaml")),
+    *("--model.decoder.vocab_size", "300", "--model.decoder.d_model", "64", "--model.decoder.num_layers", "1"),
+    *("--model.decoder.ffn.d_e", "32", "--trainer.limit_val_batches", "3", "--trainer.val_check_interval", "4"),
+    *("--trainer.log_every_n_steps", "1", "--checkpoint.every_n_steps", "4", "--model.schedule.warmup_steps", "2"),
+]
+
+
+def mhf(*args: str, code: int = 0) -> str:
+    """Run `python -m mhf_lightning.cli`; return what it printed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    done = subprocess.run(
+        [sys.executable, "-m", "mhf_lightning.cli", *args], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def trained(corpus, tmp_path_factory) -> tuple[Path, list[str], str]:
+    """A finished run of 8 steps: its folder, the arguments that made it, what it printed."""
+    run_dir = tmp_path_factory.mktemp("runs") / "first"
+    args = [*SMALL, "--data.path", str(corpus), "--data.micro_batch_size", "4", "--run_dir", str(run_dir)]
+    printed = mhf("fit", *args, "--trainer.max_steps", "8", "--sample_prompt", "def f(")
+    return run_dir, args, printed
+
+
+def scalars(run_dir: Path, tag: str) -> dict[int, float]:
+    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    return {event.step: event.value for event in events.Scalars(tag)}
+
+
+def test_fit_prints_a_summary_and_writes_curves(trained):
+    run_dir, _, printed = trained
+    for words in ("parameters", "tokens seen", "512", "tokens/s", "peak memory", "validation before", "def f("):
+        assert words in printed
+    assert f"tensorboard --logdir {run_dir}" in printed
+    before, after = scalars(run_dir, "val/perplexity")[0], scalars(run_dir, "val/perplexity")[7]
+    assert 250 < before < 350  # the vocabulary has 300 tokens
+    assert after < before
+    assert len(scalars(run_dir, "train/loss")) == 8
+    assert (run_dir / "checkpoints/last.ckpt").exists()
+    assert yaml.safe_load((run_dir / "config.yaml").read_text())["model"]["decoder"]["d_model"] == 64
+
+
+def test_an_existing_run_is_not_overwritten(trained):
+    run_dir, args, _ = trained
+    before = (run_dir / "config.yaml").read_text()
+    assert "already holds a run" in mhf("fit", *args, "--trainer.max_steps", "8", code=2)
+    assert (run_dir / "config.yaml").read_text() == before
+
+
+def test_validate_test_and_predict_agree(trained):
+    run_dir, args, _ = trained
+    final = scalars(run_dir, "val/loss")[7]
+    assert f"{final:.5f}"[:6] in mhf("validate", *args, "--ckpt_path", "last")
+    assert f"{final:.5f}"[:6] in mhf("test", *args, "--trainer.limit_test_batches", "3", "--ckpt_path", "last")
+    mhf("predict", *args, "--trainer.limit_predict_batches", "3", "--ckpt_path", "last")
+    rows = [json.loads(line) for line in (run_dir / "predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 12
+    assert sum(row["nll"] for row in rows) / sum(row["num_tokens"] for row in rows) == pytest.approx(final, abs=1e-4)
+
+
+def test_a_finished_run_can_be_made_longer(trained):
+    run_dir, args, _ = trained
+    mhf("fit", *args, "--trainer.max_steps", "12", "--ckpt_path", "last")
+    assert set(scalars(run_dir, "train/loss")) == set(range(12))
+    assert (run_dir / "config-resume-1.yaml").exists()
+
+
+def test_last_without_a_checkpoint_is_an_error(corpus, tmp_path):
+    args = [*SMALL, "--data.path", str(corpus), "--data.micro_batch_size", "4", "--run_dir", str(tmp_path / "none")]
+    assert "last.ckpt does not exist" in mhf("fit", *args, "--ckpt_path", "last", code=2)
+
+
+def test_a_missing_corpus_is_an_error(tmp_path):
+    args = [
+        *SMALL,
+        "--data.path",
+        str(tmp_path / "nowhere"),
+        "--data.micro_batch_size",
+        "4",
+        "--run_dir",
+        str(tmp_path / "r"),
+    ]
+    printed = mhf("fit", *args, code=2)
+    assert "nowhere" in printed
+    assert "mhf data prepare" in printed
+    assert "Traceback" not in printed
+
+
+def test_an_unknown_key_names_the_nearest(tmp_path):
+    printed = mhf("fit", *SMALL, "--model.decoder.num_layer", "2", code=2)
+    assert "num_layer" in printed
+    assert "num_layers" in printed
+
+
+def test_interpolation_follows_a_later_flag(corpus, tmp_path):
+    """The reason for the parser mode omegaconf+: a flag that changes a target changes what refers to it."""
+    (tmp_path / "c.yaml").write_text('checkpoint:\n  every_n_steps: 7\n  keep: "${.every_n_steps}"\n')
+    args = [*SMALL, "--config", str(tmp_path / "c.yaml"), "--data.path", str(corpus), "--data.micro_batch_size", "4"]
+    printed = mhf("fit", *args, "--checkpoint.every_n_steps", "3", "--print_config")
+    assert yaml.safe_load(printed[printed.index("seed_everything") :])["checkpoint"] == {"every_n_steps": 3, "keep": 3}
+
+
+def test_help_version_and_completion():
+    start = time.perf_counter()
+    assert "mhf fit" in mhf("--help")
+    assert time.perf_counter() - start < 5
+    assert mhf("--version").startswith("mhf-lightning ")
+    assert "fit" in mhf("--print_completion=bash")
+    assert "--model.decoder.d_model" in mhf("fit", "--help")

@@ -1,0 +1,59 @@
+"""Schedules at known points, decay on matrices only, bad values."""
+
+import math
+
+import pytest
+import torch
+
+from mhf_lightning.model import Decoder, DecoderConfig, FFNConfig
+from mhf_lightning.training.optimizer import OptimizerConfig, ScheduleConfig, build_adamw
+
+
+def test_cosine():
+    factor = ScheduleConfig("cosine", warmup_steps=10, final_ratio=0.1).factor(110)
+    assert factor(0) == pytest.approx(0.1)
+    assert factor(9) == pytest.approx(1.0)
+    assert factor(10) == pytest.approx(1.0)
+    assert factor(60) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 2)))
+    assert factor(110) == pytest.approx(0.1)
+    assert factor(500) == pytest.approx(0.1)
+
+
+def test_wsd():
+    factor = ScheduleConfig("wsd", warmup_steps=4, decay_steps=20, final_ratio=0.0).factor(100)
+    assert factor(1) == pytest.approx(0.5)
+    assert factor(4) == factor(79) == factor(80) == pytest.approx(1.0)
+    assert factor(90) == pytest.approx(0.5)
+    assert factor(100) == pytest.approx(0.0)
+
+
+def test_total_steps_can_be_longer_than_the_run():
+    assert ScheduleConfig(warmup_steps=0, total_steps=200).factor(100)(100) > 0.4
+
+
+def test_a_schedule_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="warmup_steps 80"):
+        ScheduleConfig("wsd", warmup_steps=80, decay_steps=30).factor(100)
+
+
+def test_decay_is_on_matrices_only():
+    ffn = FFNConfig("flash_mhf", num_heads=2, num_subnetworks=2, d_e=16)
+    decoder = Decoder(DecoderConfig(vocab_size=50, d_model=32, num_layers=1, num_attention_heads=2, ffn=ffn))
+    decayed, rest = build_adamw(decoder, OptimizerConfig(weight_decay=0.3)).param_groups
+    names = {id(p): key for key, p in decoder.named_parameters()}
+    assert {names[id(p)] for p in rest["params"]} == {
+        "blocks.0.attention_norm.weight",
+        "blocks.0.ffn_norm.weight",
+        "blocks.0.ffn.q_norm.weight",  # two dimensions, but a norm
+        "final_norm.weight",
+    }
+    assert rest["weight_decay"] == 0.0
+    assert decayed["weight_decay"] == 0.3
+    assert len(decayed["params"]) + len(rest["params"]) == len(list(decoder.parameters()))
+    assert all(isinstance(p, torch.nn.Parameter) for p in decayed["params"])
+
+
+@pytest.mark.parametrize("changes", [{"lr": 0.0}, {"weight_decay": -0.1}, {"grad_clip": -1.0}])
+def test_bad_values_are_named(changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        OptimizerConfig(**changes)

@@ -1,0 +1,109 @@
+"""10 steps against 5 + resume + 5: losses, weights and optimiser bitwise equal."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+
+from mhf_lightning.callbacks.checkpoint import CheckpointConfig, StepCheckpoint
+from mhf_lightning.data.datamodule import TokenDataModule
+from mhf_lightning.training.module import PretrainModule
+from mhf_lightning.training.optimizer import OptimizerConfig, ScheduleConfig
+
+
+class Recorder(Callback):
+    """Keeps what every optimiser step logged, and the samples it read; stops after a step when asked to."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.losses: dict[int, float] = {}
+        self.samples: list[int] = []
+        self.stop_after = stop_after
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.samples += batch["sample_index"].tolist()
+        self.losses[trainer.global_step] = trainer.callback_metrics.get("train/loss", torch.tensor(float("nan"))).item()
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.stop_after:  # the checkpoint of this step is written by now
+            raise KeyboardInterrupt
+
+
+def run(corpus: Path, config, folder: Path, workers: int, stop_after=None, ckpt_path=None, seed=7):
+    seed_everything(seed)
+    recorder = Recorder(stop_after)
+    module = PretrainModule(
+        config, OptimizerConfig(lr=1e-2, grad_clip=0.5), ScheduleConfig(warmup_steps=3), z_loss=1e-4
+    )
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_steps=10,
+        max_epochs=-1,
+        accumulate_grad_batches=4,
+        val_check_interval=12,  # micro-batches: validation after steps 3, 6 and 9
+        check_val_every_n_epoch=None,
+        limit_val_batches=2,
+        num_sanity_val_steps=1,
+        log_every_n_steps=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        callbacks=[StepCheckpoint(folder, CheckpointConfig(every_n_steps=5)), recorder],
+    )
+    data = TokenDataModule(str(corpus), micro_batch_size=3, num_workers=workers)
+    try:
+        trainer.fit(module, data, ckpt_path=ckpt_path)
+    except (KeyboardInterrupt, SystemExit):
+        assert stop_after is not None
+    return recorder, module, trainer
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_resume_is_bitwise_exact(corpus, decoder_config, tmp_path, workers):
+    whole, module, trainer = run(corpus, decoder_config, tmp_path / "whole", workers)
+    first, _, _ = run(corpus, decoder_config, tmp_path / "cut", workers, stop_after=5)
+    assert max(first.losses) == 5
+    second, resumed, resumed_trainer = run(
+        corpus, decoder_config, tmp_path / "cut", workers, ckpt_path=tmp_path / "cut" / "last.ckpt", seed=99
+    )
+
+    assert first.samples + second.samples == whole.samples
+    assert len(whole.samples) == 10 * 4 * 3
+    for step in range(1, 11):
+        recorded = (first if step <= 5 else second).losses[step]
+        assert recorded == whole.losses[step], f"step {step}"
+    for key, value in module.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+    for ours, theirs in zip(trainer.optimizers, resumed_trainer.optimizers, strict=True):
+        for a, b in zip(ours.state_dict()["state"].values(), theirs.state_dict()["state"].values(), strict=True):
+            assert all(torch.equal(a[key], b[key]) for key in a)
+    assert resumed.tokens_seen == module.tokens_seen == 10 * 4 * 3 * 16
+
+
+def test_dropout_makes_the_random_state_matter(corpus, decoder_config, tmp_path):
+    """Without the restored generators the losses after the resume differ: the test above can fail."""
+    whole, _, _ = run(corpus, decoder_config, tmp_path / "whole", 0)
+    run(corpus, decoder_config, tmp_path / "cut", 0, stop_after=5)
+    path = tmp_path / "cut" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["callbacks"]["ExactResume"]["rng"] = []
+    torch.save(checkpoint, path)
+    second, _, _ = run(corpus, decoder_config, tmp_path / "cut", 0, ckpt_path=path, seed=99)
+    assert second.losses[7] != whole.losses[7]
+
+
+def test_another_architecture_is_refused_with_the_keys(corpus, decoder_config, tmp_path):
+    run(corpus, decoder_config, tmp_path, 0, stop_after=5)
+    decoder_config.ffn.d_e = 48
+    with pytest.raises(
+        ValueError, match=r"another architecture(.|\n)*ffn\.k: model \(2, 2, 48, 16\), checkpoint \(2, 2, 32, 16\)"
+    ):
+        run(corpus, decoder_config, tmp_path, 0, ckpt_path=tmp_path / "last.ckpt")
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(corpus, decoder_config, tmp_path):
+    decoder_config.vocab_size = 200
+    with pytest.raises(ValueError, match=r"tokenizer has 300 tokens.*vocab_size is 200"):
+        run(corpus, decoder_config, tmp_path, 0)
