@@ -19,7 +19,7 @@ def decoder_config(path: Path) -> DecoderConfig:
     parser = ArgumentParser()
     parser.add_class_arguments(DecoderConfig, "model.decoder")
     parser.add_argument("--config", action="config")
-    return parser.instantiate_classes(parser.parse_path(path)).model.decoder
+    return parser.instantiate(parser.parse_path(path)).model.decoder
 
 
 def count(config: DecoderConfig) -> tuple[int, int]:

@@ -21,7 +21,7 @@ usage: mhf COMMAND [options]
 
   mhf COMMAND --help               all options of a command
   mhf fit --print_config           the options as a commented starting point
-  mhf --print_completion=bash      completion script (also zsh, tcsh), to be sourced by the shell
+  mhf --print_completion=shtab-bash   completion script (also shtab-zsh, shtab-fish); source its output
   mhf --version
 
 Options come from the command line and from any number of --config files; what stands later wins.

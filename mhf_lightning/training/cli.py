@@ -6,14 +6,16 @@ target.
 """
 
 import json
+import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from jsonargparse import set_parsing_settings
+from jsonargparse import ArgumentParser, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer import Trainer
@@ -22,10 +24,15 @@ from lightning.pytorch.utilities import rank_zero_only
 from mhf_lightning.callbacks.checkpoint import CheckpointConfig, StepCheckpoint
 from mhf_lightning.callbacks.memory import PeakMemory
 from mhf_lightning.callbacks.progress import StepProgressBar
+from mhf_lightning.callbacks.run_folder import ResolvedConfig
 from mhf_lightning.callbacks.summary import RunSummary
 from mhf_lightning.callbacks.throughput import Throughput
+from mhf_lightning.data.cli import add_data_commands
 from mhf_lightning.data.datamodule import TokenDataModule
 from mhf_lightning.training.module import PretrainModule
+from mhf_lightning.training.parser import SuggestingParser
+
+PARSER_MODE = "omegaconf+"
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_steps": 1000,
@@ -41,6 +48,13 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 
 class MHFCLI(LightningCLI):
     """The training commands; the run folder holds config, checkpoints, event files and predictions."""
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        """Add the training commands, and ``data`` for the completion script (main() runs it by itself)."""
+        super()._add_subcommands(parser, **kwargs)
+        data_parser = ArgumentParser(prog="mhf data")
+        parser._subcommands_action.add_subcommand("data", data_parser, help="prepare, inspect, verify corpora")
+        add_data_commands(data_parser.add_subcommands(dest="command"))
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options that belong to neither trainer, model nor data."""
@@ -90,6 +104,10 @@ class MHFCLI(LightningCLI):
             callbacks.append(StepProgressBar())
         if self.subcommand == "fit":
             callbacks.append(RunSummary(self.run_dir, self._get(self.config_init, "sample_prompt")))
+            options = cast(Any, self.config)
+            parser = self._parser(self.subcommand)
+            text = parser.dump(options[str(self.subcommand)], skip_none=False, skip_link_targets=False)
+            callbacks.append(ResolvedConfig(self.run_dir, text))
             if config.get("enable_checkpointing") is not False and not config.get("fast_dev_run"):
                 callbacks.append(
                     StepCheckpoint(self.run_dir / "checkpoints", self._get(self.config_init, "checkpoint"))
@@ -104,24 +122,9 @@ class MHFCLI(LightningCLI):
             config["logger"] = False
         return self._instantiate_trainer({**config, **kwargs}, callbacks)
 
-    def before_fit(self) -> None:
-        """Write the resolved configuration into the run folder; a resumed run keeps one file per start."""
-        if not self._get(self.config, "trainer").get("fast_dev_run"):
-            self._write_config()
-
-    @rank_zero_only
-    def _write_config(self) -> None:
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        path, resumed = self.run_dir / "config.yaml", 0
-        while path.exists():
-            resumed += 1
-            path = self.run_dir / f"config-resume-{resumed}.yaml"
-        options: Any = self.config[str(self.subcommand)]
-        path.write_text(self._parser(self.subcommand).dump(options, skip_none=False, skip_link_targets=False))
-
     def predict(self, **kwargs: Any) -> None:
         """Write one line per validation block: its index, summed loss in nats, and number of target tokens."""
-        batches = self.trainer.predict(**kwargs, return_predictions=True) or []
+        batches = self.trainer.predict(**{**kwargs, "return_predictions": True}) or []
         self.run_dir.mkdir(parents=True, exist_ok=True)
         path = self.run_dir / "predictions.jsonl"
         with path.open("w") as file:
@@ -129,11 +132,6 @@ class MHFCLI(LightningCLI):
                 for row in zip(*(batch[key].tolist() for key in ("sample_index", "nll", "num_tokens")), strict=True):
                     file.write(json.dumps(dict(zip(("sample_index", "nll", "num_tokens"), row, strict=True))) + "\n")
         print(f"wrote {path}")
-
-
-def build_parser_kwargs() -> dict[str, Any]:
-    """Return the settings of every parser of the command line."""
-    return {"parser_mode": "omegaconf+"}
 
 
 @contextmanager
@@ -148,10 +146,23 @@ def _readable_errors() -> Iterator[None]:
         sys.exit(2)
 
 
+def _quieten() -> None:
+    """Silence what Lightning says of a generic setup and what is wrong or of no use in this one."""
+    for message in (
+        r"You're resuming from a checkpoint that ended before the epoch ended",  # the sampler is exact: tests/training
+        r".*does not have many workers which may be a bottleneck",  # blocks are memory-mapped
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # inside Lightning
+        r"Checkpoint directory .* exists and is not empty",  # a resumed run
+    ):
+        warnings.filterwarnings("ignore", message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
+
+
 def run(args: list[str]) -> None:
     """Run one training command with its arguments."""
     set_parsing_settings(add_print_completion_argument=True)
-    commands = {name: build_parser_kwargs() for name in MHFCLI.subcommands()}
+    _quieten()
+    parsers: dict[str, Any] = {name: {"parser_mode": PARSER_MODE} for name in MHFCLI.subcommands()}
     with _readable_errors():
         MHFCLI(
             PretrainModule,
@@ -162,5 +173,6 @@ def run(args: list[str]) -> None:
             trainer_defaults=TRAINER_DEFAULTS,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            parser_kwargs={**build_parser_kwargs(), "prog": "mhf", **commands},
+            parser_class=SuggestingParser,
+            parser_kwargs={"parser_mode": PARSER_MODE, "prog": "mhf", **parsers},
         )

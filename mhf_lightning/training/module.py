@@ -25,8 +25,8 @@ class PretrainModule(LightningModule):
     def __init__(
         self,
         decoder: DecoderConfig,
-        optimizer: OptimizerConfig | None = None,
-        schedule: ScheduleConfig | None = None,
+        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - never changed
+        schedule: ScheduleConfig = ScheduleConfig(),  # noqa: B008
         z_loss: float = 0.0,
         compile_blocks: bool = False,
     ) -> None:
@@ -43,8 +43,8 @@ class PretrainModule(LightningModule):
         if z_loss < 0:
             raise ValueError(f"z_loss is {z_loss}; it must be 0 or more")
         self.decoder = Decoder(decoder)
-        self.optimizer_config = optimizer or OptimizerConfig()
-        self.schedule_config = schedule or ScheduleConfig()
+        self.optimizer_config = optimizer
+        self.schedule_config = schedule
         self.z_loss = z_loss
         self.compile_blocks = compile_blocks
         self.val_perplexity = TokenPerplexity()

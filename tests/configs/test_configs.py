@@ -25,9 +25,11 @@ def load_size_table():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_every_key_has_a_comment(path):
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    lines = path.read_text().splitlines()
+    for number, line in enumerate(lines):
         if re.match(r"\s*[a-z_0-9]+:", line):
-            assert re.search(r"\S\s+# \S+", line), f"{path}:{number}: {line}"
+            above = lines[number - 1].strip() if number else ""
+            assert re.search(r"\S\s+# \S+", line) or above.startswith("# "), f"{path}:{number + 1}: {line}"
 
 
 def fit_parser():

@@ -102,12 +102,16 @@ def test_a_missing_corpus_is_an_error(tmp_path):
     assert "nowhere" in printed
     assert "mhf data prepare" in printed
     assert "Traceback" not in printed
+    assert not (tmp_path / "r" / "config.yaml").exists()  # the folder is still free for the next try
 
 
 def test_an_unknown_key_names_the_nearest(tmp_path):
-    printed = mhf("fit", *SMALL, "--model.decoder.num_layer", "2", code=2)
-    assert "num_layer" in printed
-    assert "num_layers" in printed
+    required = ["--data.path", "x", "--data.micro_batch_size", "4"]
+    printed = mhf("fit", *SMALL, *required, "--model.decoder.num_layer", "2", code=2)
+    assert "did you mean 'model.decoder.num_layers'?" in printed
+    (tmp_path / "c.yaml").write_text("model:\n  optimizer:\n    weight_decai: 0.2\n")
+    printed = mhf("fit", *SMALL, *required, "--config", str(tmp_path / "c.yaml"), code=2)
+    assert "did you mean 'model.optimizer.weight_decay'?" in printed
 
 
 def test_interpolation_follows_a_later_flag(corpus, tmp_path):
@@ -123,5 +127,7 @@ def test_help_version_and_completion():
     assert "mhf fit" in mhf("--help")
     assert time.perf_counter() - start < 5
     assert mhf("--version").startswith("mhf-lightning ")
-    assert "fit" in mhf("--print_completion=bash")
+    completion = mhf("--print_completion=shtab-bash")
+    assert "--model.decoder.d_model" in completion
+    assert "--validation_fraction" in completion  # of mhf data prepare
     assert "--model.decoder.d_model" in mhf("fit", "--help")
