@@ -88,7 +88,8 @@ def _by_document(tags: list[Tag], encoded: Encoded) -> Iterator[tuple[Tag, np.nd
 
 def _start_worker(tokenizer_json: str, eos_token: str) -> None:
     global _worker  # noqa: PLW0603 (the state of a worker process)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent ends the workers
+    for sent in (signal.SIGINT, signal.SIGTERM):  # both go to a whole group; the parent ends its workers in order
+        signal.signal(sent, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     tokenizer = tokenizer_from_json(tokenizer_json, eos_token, "passed to a worker")

@@ -136,11 +136,8 @@ class BlockWriter:
             if self._writer is None:
                 self._start_shard()
             take = min(len(blocks), self._shard_rows - self._rows)
-            flat = pa.array(np.ascontiguousarray(blocks[:take]).reshape(-1))
-            columns = [
-                pa.FixedSizeListArray.from_arrays(flat, self._length + 1),
-                pa.array(num_tokens[:take], pa.int32()),
-            ]
+            flat = _to_arrow(np.ascontiguousarray(blocks[:take]).reshape(-1))
+            columns = [pa.FixedSizeListArray.from_arrays(flat, self._length + 1), _to_arrow(num_tokens[:take])]
             self._writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=self._schema))
             self._rows += take
             if self._rows == self._shard_rows:
@@ -160,3 +157,8 @@ class BlockWriter:
         self._sink.close()
         self._writer = None
         self._shards.append(FileEntry.of(self._path, self._rows))
+
+
+def _to_arrow(values: np.ndarray) -> Any:
+    """A NumPy vector as an Arrow array; `pa.array` would import pandas for it."""
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(values)])

@@ -257,8 +257,8 @@ def _appearing(target: Path) -> Iterator[Path]:
     """A folder that appears under its name when the block ends well, and not at all otherwise."""
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = target.parent / f".{target.name}.preparing-{secrets.token_hex(4)}"
-    folder.mkdir()
     try:
+        folder.mkdir()
         yield folder
         try:
             folder.rename(target)  # replaces an empty folder and nothing else

@@ -124,7 +124,7 @@ class MHFCLI(LightningCLI):
 
     def predict(self, **kwargs: Any) -> None:
         """Write one line per validation block: its index, summed loss in nats, and number of target tokens."""
-        batches = self.trainer.predict(**{**kwargs, "return_predictions": True}) or []
+        batches: list[Any] = self.trainer.predict(**{**kwargs, "return_predictions": True}) or []
         self.run_dir.mkdir(parents=True, exist_ok=True)
         path = self.run_dir / "predictions.jsonl"
         with path.open("w") as file:

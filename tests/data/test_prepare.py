@@ -201,8 +201,8 @@ def test_a_failing_write_leaves_nothing(tmp_path, corpus, monkeypatch):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_an_interrupted_run_leaves_no_dataset(tmp_path, sent, code):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_run_leaves_no_dataset(tmp_path, sent):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "mhf_lightning.data.cli", "prepare", "python-stdlib", "--out", str(out)]
     process = subprocess.Popen([*command, "--vocab_size=257", "--num_workers=2"], stderr=subprocess.PIPE, text=True)
@@ -213,7 +213,7 @@ def test_an_interrupted_run_leaves_no_dataset(tmp_path, sent, code):
     assert begun
     process.send_signal(sent)
     message = process.communicate(timeout=30)[1]
-    assert process.returncode == code
+    assert process.returncode in (128 + sent, -sent)  # a shell shows the same for both
     assert not out.exists()
     if sent != signal.SIGKILL:  # which nothing can clean up after
         assert list(tmp_path.iterdir()) == []
