@@ -8,11 +8,11 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
-from tokenizers import Tokenizer
 
 from mhf_lightning.callbacks.memory import peak_memory_gib
 from mhf_lightning.callbacks.throughput import Throughput
 from mhf_lightning.data.datamodule import TokenDataModule
+from mhf_lightning.data.tokenizer import load_tokenizer
 from mhf_lightning.model import count_parameters
 from mhf_lightning.model.generate import sample
 from mhf_lightning.training.module import PretrainModule
@@ -62,7 +62,7 @@ class RunSummary(Callback):
 
     def _sample(self, module: PretrainModule, datamodule: TokenDataModule) -> str:
         assert self.prompt is not None
-        tokenizer = Tokenizer.from_file(str(Path(datamodule.path) / "tokenizer.json"))
+        tokenizer = load_tokenizer(datamodule.path, datamodule.manifest.eos_token)
         ids = tokenizer.encode(self.prompt).ids
         training = module.decoder.training
         module.decoder.eval()

@@ -53,6 +53,7 @@ class MHFCLI(LightningCLI):
         """Add the training commands, and ``data`` for the completion script (main() runs it by itself)."""
         super()._add_subcommands(parser, **kwargs)
         data_parser = ArgumentParser(prog="mhf data")
+        assert parser._subcommands_action is not None
         parser._subcommands_action.add_subcommand("data", data_parser, help="prepare, inspect, verify corpora")
         add_data_commands(data_parser.add_subcommands(dest="command"))
 
