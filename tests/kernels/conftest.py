@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -36,6 +36,15 @@ def _make_inputs(
     r = torch.rand((batch, length, heads, subnetworks), generator=generator, dtype=torch.float64)
     r = (r / r.sum(-1, keepdim=True)).to(r_dtype or dtype)
     return tuple(x.requires_grad_(requires_grad) for x in (q, k, u, v, r))  # type: ignore[return-value]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Thousands of tiny operations: with threads, each waits at a barrier, for long where the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -71,6 +71,7 @@ def test_no_operation_returns_more_than_a_block(make_inputs, dtype):
 
 PEAK = """
 import resource, torch
+torch.set_num_threads(1)
 from mhf_kernels import flash_mhf
 
 def run(tokens):
