@@ -66,9 +66,6 @@ class MHFCLI(LightningCLI):
         parser.add_argument(
             "--sample_prompt", type=str | None, default=None, help="Text to continue in the final summary."
         )
-        parser.add_argument(
-            "--allow_tf32", type=bool, default=True, help="Let float32 matrix products on a GPU use TF32."
-        )
 
     @property
     def run_dir(self) -> Path:
@@ -88,7 +85,10 @@ class MHFCLI(LightningCLI):
             raise ValueError(f"--ckpt_path {options['ckpt_path']} does not exist; give a file, or 'last'")
         if self.subcommand == "fit" and not options.get("ckpt_path"):
             self._refuse_existing_run()
-        torch.backends.cuda.matmul.allow_tf32 = options["allow_tf32"]
+        if self.subcommand != "fit" and not options.get("ckpt_path"):
+            raise ValueError(
+                f"mhf {self.subcommand} needs a trained model: give --ckpt_path last, or a checkpoint file"
+            )
 
     @rank_zero_only
     def _refuse_existing_run(self) -> None:
@@ -118,10 +118,19 @@ class MHFCLI(LightningCLI):
             config["precision"] = "bf16-mixed" if on_gpu else "32-true"
         config["default_root_dir"] = config.get("default_root_dir") or str(self.run_dir)
         if config.get("logger") is None and self.subcommand == "fit":
-            config["logger"] = TensorBoardLogger(str(self.run_dir), name="", version="tensorboard")
+            config["logger"] = TensorBoardLogger(
+                str(self.run_dir), name="", version="tensorboard", purge_step=self._resumed_step()
+            )
         elif config.get("logger") is None:
             config["logger"] = False
         return self._instantiate_trainer({**config, **kwargs}, callbacks)
+
+    def _resumed_step(self) -> int | None:
+        """Return the step to continue from: curves that a cut-off run drew past it are purged."""
+        path = self._get(self.config, "ckpt_path")
+        if not path:
+            return None
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
 
     def predict(self, **kwargs: Any) -> None:
         """Write one line per validation block: its index, summed loss in nats, and number of target tokens."""

@@ -1,10 +1,14 @@
 """The real `mhf` command in processes of its own: fit, resume, validate, test, predict, and bad input."""
 
+import contextlib
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -58,6 +62,33 @@ def test_fit_prints_a_summary_and_writes_curves(trained):
     assert yaml.safe_load((run_dir / "config.yaml").read_text())["model"]["decoder"]["d_model"] == 64
 
 
+def test_tensorboard_shows_the_run(trained):
+    """The real server, asked over HTTP for what its page would show."""
+    run_dir, _, printed = trained
+    command = re.search(r"tensorboard --logdir (\S+)", printed)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tensorboard.main", "--logdir", command[1], "--host", "127.0.0.1", "--port", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        tags: dict = {}
+        deadline = time.monotonic() + 60
+        while not tags and time.monotonic() < deadline:
+            time.sleep(0.5)
+            with contextlib.suppress(OSError):
+                url = f"http://127.0.0.1:{port}/data/plugin/scalars/tags"
+                tags = json.loads(urllib.request.urlopen(url, timeout=10).read())
+        (shown,) = tags.values()
+        assert {"train/loss", "train/perplexity", "val/perplexity", "train/lr", "memory/peak_gib"} <= set(shown)
+    finally:
+        server.terminate()
+        server.wait()
+
+
 def test_an_existing_run_is_not_overwritten(trained):
     run_dir, args, _ = trained
     before = (run_dir / "config.yaml").read_text()
@@ -86,6 +117,11 @@ def test_a_finished_run_can_be_made_longer(trained):
 def test_last_without_a_checkpoint_is_an_error(corpus, tmp_path):
     args = [*SMALL, "--data.path", str(corpus), "--data.micro_batch_size", "4", "--run_dir", str(tmp_path / "none")]
     assert "last.ckpt does not exist" in mhf("fit", *args, "--ckpt_path", "last", code=2)
+
+
+def test_validation_of_nothing_is_an_error(trained):
+    _, args, _ = trained
+    assert "give --ckpt_path" in mhf("validate", *args, code=2)
 
 
 def test_a_missing_corpus_is_an_error(tmp_path):
