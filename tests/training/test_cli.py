@@ -64,7 +64,7 @@ def test_fit_prints_a_summary_and_writes_curves(trained):
 
 def test_tensorboard_shows_the_run(trained):
     """The real server, asked over HTTP for what its page would show."""
-    run_dir, _, printed = trained
+    _, _, printed = trained
     command = re.search(r"tensorboard --logdir (\S+)", printed)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
