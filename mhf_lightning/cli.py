@@ -20,7 +20,7 @@ usage: mhf COMMAND [options]
   mhf predict          loss of every validation block, as predictions.jsonl in the run folder
 
   mhf COMMAND --help               all options of a command
-  mhf fit --print_config           the options as a commented starting point
+  mhf fit --print_config           all options with the values they would have
   mhf --print_completion=shtab-bash   completion script (also shtab-zsh, shtab-fish); source its output
   mhf --version
 

@@ -172,7 +172,10 @@ def run(args: list[str]) -> None:
     """Run one training command with its arguments."""
     set_parsing_settings(add_print_completion_argument=True)
     _quieten()
-    parsers: dict[str, Any] = {name: {"parser_mode": PARSER_MODE} for name in MHFCLI.subcommands()}
+    parsers: dict[str, Any] = {
+        name: {"parser_mode": PARSER_MODE, "usage": f"mhf {name} [--config FILE ...] [options]"}
+        for name in MHFCLI.subcommands()
+    }
     with _readable_errors():
         MHFCLI(
             PretrainModule,

@@ -3,12 +3,11 @@
 import torch
 import torch.nn.functional as F
 from mhf_kernels import HeadRMSNorm
+from mhf_kernels.initialization import LINEAR_GAIN
 from torch import Tensor, nn
 
 from mhf_lightning.model.config import DecoderConfig
 from mhf_lightning.model.ffn.gate import gate_hidden
-
-LINEAR_GAIN = 0.707
 
 
 class DenseMoE(nn.Module):

@@ -5,11 +5,10 @@ import math
 import torch
 import torch.nn.functional as F
 from mhf_kernels import HeadRMSNorm
+from mhf_kernels.initialization import LINEAR_GAIN
 from torch import Tensor, nn
 
 from mhf_lightning.model.config import DecoderConfig
-
-LINEAR_GAIN = 0.707
 
 
 class MultiHeadFFN(nn.Module):
