@@ -5,7 +5,8 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 
-def log_interval(trainer: Trainer) -> int:
-    """Return ``trainer.log_every_n_steps``, which Lightning sets without declaring it."""
-    settings: Any = trainer
-    return settings.log_every_n_steps
+def is_logging_step(trainer: Trainer) -> bool:
+    """Return whether this micro-batch ended an optimiser step at which Lightning writes to its loggers."""
+    settings: Any = trainer  # Lightning sets log_every_n_steps without declaring it
+    ended_a_step = not settings.fit_loop._should_accumulate()
+    return ended_a_step and trainer.global_step % settings.log_every_n_steps == 0

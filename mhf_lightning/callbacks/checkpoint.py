@@ -38,8 +38,14 @@ class StepCheckpoint(ModelCheckpoint):
             mode="max",
             save_top_k=config.keep,
             save_last=True,
+            enable_version_counter=False,  # last.ckpt is always the newest, also in a run folder that was moved
             every_n_train_steps=config.every_n_steps,
         )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the resumed step as saved: Lightning would save it again in the middle of an accumulation window."""
+        super().on_train_start(trainer, pl_module)
+        self._last_global_step_saved = trainer.global_step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the final step unless that was just done."""

@@ -13,7 +13,7 @@ class ExactResume(Callback):
     """Counts consumed samples, and saves and restores the RNG state of every rank.
 
     The state is restored when training starts, after everything that draws random numbers on the way there. A rank
-    that the checkpoint does not know (a larger world) keeps the seed it started with.
+    that the checkpoint does not know (a larger world) is seeded by its number, as are the ranks of a new run.
     """
 
     def __init__(self) -> None:
@@ -31,6 +31,8 @@ class ExactResume(Callback):
         """Put this rank's generators back where the checkpoint had them."""
         if self._restored is not None and trainer.global_rank < len(self._restored):
             set_rng_state(self._restored[trainer.global_rank])
+        elif trainer.global_rank > 0:  # the weights are drawn by now; dropout must differ between ranks
+            torch.manual_seed(torch.initial_seed() + trainer.global_rank)
         self._restored = None
 
     def state_dict(self) -> dict[str, Any]:

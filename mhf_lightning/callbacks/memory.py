@@ -5,7 +5,7 @@ import resource
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from mhf_lightning.callbacks import log_interval
+from mhf_lightning.callbacks import is_logging_step
 
 GIB = 2**30
 
@@ -24,5 +24,5 @@ class PeakMemory(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Log at the steps at which Lightning writes to its loggers."""
-        if (trainer.global_step % log_interval(trainer)) == 0:
+        if is_logging_step(trainer):
             pl_module.log("memory/peak_gib", peak_memory_gib(pl_module.device), reduce_fx="max", sync_dist=True)

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from mhf_lightning.callbacks import log_interval
+from mhf_lightning.callbacks import is_logging_step
 
 
 class Throughput(Callback):
@@ -35,7 +35,7 @@ class Throughput(Callback):
             self._window_start = self._now(pl_module)
             return
         self._window_tokens += batch["labels"].numel() * trainer.world_size
-        if trainer.global_step % log_interval(trainer) == 0:
+        if is_logging_step(trainer):
             rate = self._close(pl_module)
             if rate is not None:
                 pl_module.log("throughput/tokens_per_s", rate, prog_bar=True)

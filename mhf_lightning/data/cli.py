@@ -9,26 +9,29 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from mhf_lightning.data.errors import DataError
 from mhf_lightning.data.manifest import SPLITS, Manifest, verify
 from mhf_lightning.data.prepare import prepare
 from mhf_lightning.data.progress import say
+from mhf_lightning.parsing import SuggestingParser
 
 _SAMPLE_CHARACTERS = 600
 
 
-def build_parser() -> ArgumentParser:
+def build_parser() -> SuggestingParser:
     """The parser of `mhf data`, for shell completion too."""
-    parser = ArgumentParser(prog="mhf data", description="Make a dataset for training from text, look at it, check it.")
+    parser = SuggestingParser(
+        prog="mhf data", description="Make a dataset for training from text, look at it, check it."
+    )
     add_data_commands(parser.add_subcommands(dest="command", required=True))
     return parser
 
 
 def add_data_commands(subcommands: Any) -> None:
     """Add prepare, inspect and verify to the subcommands of a jsonargparse parser."""
-    parser = ArgumentParser(description="Tokenise a corpus and pack it into blocks for training.")
+    parser = SuggestingParser(description="Tokenise a corpus and pack it into blocks for training.")
     parser.add_argument("--config", action="config", help="YAML file with any of the options below, and inputs.")
     # Suppressed, since jsonargparse would put the default, an empty list, over the inputs of a config file.
     parser.add_argument(
@@ -42,14 +45,14 @@ def add_data_commands(subcommands: Any) -> None:
     )
     subcommands.add_subcommand("prepare", parser, help="tokenise and pack a corpus")
 
-    parser = ArgumentParser(description="Show counts, document lengths and decoded samples of a prepared dataset.")
+    parser = SuggestingParser(description="Show counts, document lengths and decoded samples of a prepared dataset.")
     parser.add_argument("dir", metavar="DIR", type=str, help="A prepared dataset.")
     parser.add_argument(
         "--samples", type=int, default=3, help="Decoded blocks to show, evenly over the training split."
     )
     subcommands.add_subcommand("inspect", parser, help="show counts, lengths and samples")
 
-    parser = ArgumentParser(description="Hash every file of a prepared dataset again; exit code 1 if one is bad.")
+    parser = SuggestingParser(description="Hash every file of a prepared dataset again; exit code 1 if one is bad.")
     parser.add_argument("dir", metavar="DIR", type=str, help="A prepared dataset.")
     subcommands.add_subcommand("verify", parser, help="hash every file again")
 
@@ -85,7 +88,7 @@ def _prepare(config: Namespace) -> int:
     for name in SPLITS:
         split = manifest.splits[name]
         print(f"{name}: {split.documents:,} documents, {split.tokens:,} tokens, {split.blocks:,} blocks")
-    print(f"vocabulary: {manifest.vocab_size:,} tokens (model.vocab_size must be at least this)")
+    print(f"vocabulary: {manifest.vocab_size:,} tokens (model.decoder.vocab_size must be at least this)")
     print(f"ready: {config.out}")
     return 0
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from mhf_lightning.data.blocks import Item, PaddedBlocks, TokenBlocks
@@ -123,6 +124,7 @@ class TokenDataModule(LightningDataModule):
         return {
             "consumed_samples": self.consumed_samples,
             "seed": self.seed,
+            "global_batch": self._global_batch(),
             "dataset_id": self.manifest.dataset_id,
         }
 
@@ -132,6 +134,8 @@ class TokenDataModule(LightningDataModule):
         Raises:
             DataError: It was trained on another dataset, or in the order of another seed.
         """
+        if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
+            return  # validation and the like may look at any dataset
         if state_dict["dataset_id"] != self.manifest.dataset_id:
             raise DataError(
                 f"the checkpoint was trained on another dataset than {self.path} (id {state_dict['dataset_id'][:12]}, "
@@ -142,7 +146,18 @@ class TokenDataModule(LightningDataModule):
                 f"the checkpoint's data order has seed {state_dict['seed']}, data.seed is {self.seed}. "
                 f"Set data.seed to {state_dict['seed']}, or start a new run."
             )
+        if self.trainer is not None and state_dict["global_batch"] != self._global_batch():
+            raise DataError(
+                f"the checkpoint was trained with [micro_batch_size, ranks, accumulate_grad_batches] = "
+                f"{state_dict['global_batch']}, here they are {self._global_batch()}. Set them to the same values."
+            )
         self.consumed_samples = state_dict["consumed_samples"]
+
+    def _global_batch(self) -> list[int] | None:
+        """How a step's samples are dealt out; Lightning counts its progress in these micro-batches."""
+        if self.trainer is None:
+            return None
+        return [self.micro_batch_size, self._data_parallel()[1], self.trainer.accumulate_grad_batches]
 
     def _blocks(self, split: str) -> TokenBlocks:
         # prepare_data has hashed the files where that was asked for.

@@ -7,6 +7,7 @@ target.
 
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer import Trainer
@@ -29,8 +30,8 @@ from mhf_lightning.callbacks.summary import RunSummary
 from mhf_lightning.callbacks.throughput import Throughput
 from mhf_lightning.data.cli import add_data_commands
 from mhf_lightning.data.datamodule import TokenDataModule
+from mhf_lightning.parsing import SuggestingParser
 from mhf_lightning.training.module import PretrainModule
-from mhf_lightning.training.parser import SuggestingParser
 
 PARSER_MODE = "omegaconf+"
 
@@ -46,13 +47,17 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 
 
+class TrainingParser(SuggestingParser, LightningArgumentParser):
+    """LightningCLI's parser with suggestions."""
+
+
 class MHFCLI(LightningCLI):
     """The training commands; the run folder holds config, checkpoints, event files and predictions."""
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         """Add the training commands, and ``data`` for the completion script (main() runs it by itself)."""
         super()._add_subcommands(parser, **kwargs)
-        data_parser = ArgumentParser(prog="mhf data")
+        data_parser = SuggestingParser(prog="mhf data")
         assert parser._subcommands_action is not None
         parser._subcommands_action.add_subcommand("data", data_parser, help="prepare, inspect, verify corpora")
         add_data_commands(data_parser.add_subcommands(dest="command"))
@@ -83,7 +88,8 @@ class MHFCLI(LightningCLI):
             options["ckpt_path"] = str(last)
         elif options.get("ckpt_path") and not Path(options["ckpt_path"]).exists():
             raise ValueError(f"--ckpt_path {options['ckpt_path']} does not exist; give a file, or 'last'")
-        if self.subcommand == "fit" and not options.get("ckpt_path"):
+        path = options.get("ckpt_path")
+        if self.subcommand == "fit" and not (path and Path(path).resolve().parent == checkpoints.resolve()):
             self._refuse_existing_run()
         if self.subcommand != "fit" and not options.get("ckpt_path"):
             raise ValueError(
@@ -116,6 +122,8 @@ class MHFCLI(LightningCLI):
         if config.get("precision") is None:
             on_gpu = torch.cuda.is_available() and config.get("accelerator") != "cpu"
             config["precision"] = "bf16-mixed" if on_gpu else "32-true"
+        if str(config["precision"]).startswith("16"):
+            raise ValueError("trainer.precision is float16, which needs loss scaling; use bf16-mixed or 32-true")
         config["default_root_dir"] = config.get("default_root_dir") or str(self.run_dir)
         if config.get("logger") is None and self.subcommand == "fit":
             config["logger"] = TensorBoardLogger(
@@ -136,22 +144,30 @@ class MHFCLI(LightningCLI):
         """Write one line per validation block: its index, summed loss in nats, and number of target tokens."""
         batches: list[Any] = self.trainer.predict(**{**kwargs, "return_predictions": True}) or []
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        path = self.run_dir / "predictions.jsonl"
-        with path.open("w") as file:
+        ranks = self.trainer.world_size
+        name = "predictions.jsonl" if ranks == 1 else f"predictions-rank{self.trainer.global_rank}.jsonl"
+        path = self.run_dir / name
+        with path.open("w", encoding="utf-8") as file:
             for batch in batches:
                 for row in zip(*(batch[key].tolist() for key in ("sample_index", "nll", "num_tokens")), strict=True):
-                    file.write(json.dumps(dict(zip(("sample_index", "nll", "num_tokens"), row, strict=True))) + "\n")
+                    if row[0] >= 0:  # not padding
+                        file.write(
+                            json.dumps(dict(zip(("sample_index", "nll", "num_tokens"), row, strict=True))) + "\n"
+                        )
         print(f"wrote {path}")
 
 
 @contextmanager
 def _readable_errors() -> Iterator[None]:
-    """Turn a ValueError (bad configuration, data or checkpoint) into a message and exit code 2."""
+    """Turn a ValueError (bad configuration, data or checkpoint) into a message and exit code 2.
+
+    With the environment variable MHF_DEBUG set, the traceback is shown.
+    """
     try:
         yield
     except ValueError as error:
         print(f"mhf: error: {error}", file=sys.stderr)
-        if "--debug" in sys.argv:
+        if os.environ.get("MHF_DEBUG"):
             raise
         sys.exit(2)
 
@@ -180,12 +196,12 @@ def run(args: list[str]) -> None:
         MHFCLI(
             PretrainModule,
             TokenDataModule,
-            args=None if args == sys.argv[1:] else args,
+            args=None if args == sys.argv[1:] else args,  # Lightning warns of arguments that it reads twice
             seed_everything_default=1234,
             save_config_callback=None,
             trainer_defaults=TRAINER_DEFAULTS,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            parser_class=SuggestingParser,
+            parser_class=TrainingParser,
             parser_kwargs={"parser_mode": PARSER_MODE, "prog": "mhf", **parsers},
         )

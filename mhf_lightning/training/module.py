@@ -49,7 +49,9 @@ class PretrainModule(LightningModule):
         self.compile_blocks = compile_blocks
         self.val_perplexity = TokenPerplexity()
         self.initial_validation: dict[str, float] = {}
+        self.validated_step = 0
         self.tokens_seen = 0
+        self._positions_per_batch = 0
         self._window: Tensor | None = None  # [nll, tokens] of this optimiser step, this rank, float64
 
     def configure_callbacks(self) -> list[Callback]:
@@ -113,7 +115,7 @@ class PretrainModule(LightningModule):
         parameters = [p for p in self.decoder.parameters() if p.grad is not None]
         max_norm = self.optimizer_config.grad_clip or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-        loss = totals[0] / totals[1]
+        loss = totals[0] / totals[1].clamp_min(1)
         self.log("train/loss", loss.float(), prog_bar=True)
         self.log("train/perplexity", loss.exp().float())
         self.log("train/grad_norm", norm.float())
@@ -166,6 +168,7 @@ class PretrainModule(LightningModule):
             for logger in self.trainer.loggers:
                 logger.log_metrics({f"{name}/{key}": float(value) for key, value in values.items()}, step=0)
             return
+        self.validated_step = self.trainer.global_step
         # The values are already global, so there is nothing left to reduce.
         self.log_dict(
             {f"{name}/{key}": value.float() for key, value in values.items()}, prog_bar=True, rank_zero_only=True
@@ -195,8 +198,27 @@ class PretrainModule(LightningModule):
             ValueError: Keys or shapes differ; the message lists them.
         """
         check_architecture(self.state_dict(), checkpoint["state_dict"])
+        check_config(self.decoder.config, checkpoint["decoder_config"])
         self.tokens_seen = checkpoint.get("tokens_seen", 0)
         self.initial_validation = checkpoint.get("initial_validation", {})
+
+
+def check_config(own: DecoderConfig, stored: dict[str, Any]) -> None:
+    """Compare what changes a model's function without changing the shape of a weight.
+
+    Raises:
+        ValueError: A value differs; the message names it.
+    """
+    keys = ("num_attention_heads", "num_kv_heads", "rope_theta", "norm_eps", "tie_embeddings")
+    ours = own.to_dict()
+    differences = [f"{key}: model {ours[key]}, checkpoint {stored[key]}" for key in keys if ours[key] != stored[key]]
+    if ours["ffn"]["name"] != stored["ffn"]["name"]:
+        differences.append(f"ffn.name: model {ours['ffn']['name']}, checkpoint {stored['ffn']['name']}")
+    if differences:
+        raise ValueError(
+            f"the checkpoint holds another architecture: {'; '.join(differences)}; "
+            f"use the model config that the run was started with (config.yaml in its run folder)"
+        )
 
 
 def check_architecture(own: dict[str, Tensor], stored: dict[str, Tensor]) -> None:

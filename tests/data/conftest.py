@@ -1,20 +1,13 @@
 """A small corpus of real text, and a dataset prepared from it."""
 
 import inspect
-import json
 import shutil
 from pathlib import Path
 
 import pytest
+from data_corpus import CONTEXT_LENGTH, write_jsonl
 
 from mhf_lightning.data.prepare import prepare
-
-CONTEXT_LENGTH = 64
-
-
-def write_jsonl(path: Path, texts: list[str], key: str = "text") -> Path:
-    path.write_text("".join(json.dumps({key: text}) + "\n" for text in texts), encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="session")

@@ -59,6 +59,14 @@ def test_dashes_are_underscores(corpus, tmp_path):
     assert Manifest.load(tmp_path / "out-put").bad_documents == 1
 
 
+def test_an_unknown_option_names_the_nearest(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("vocab_siz: 300\n")
+    for arguments in (["--vocab_siz", "300"], ["--config", str(tmp_path / "c.yaml")]):
+        with pytest.raises(SystemExit, match="2"):
+            main(["prepare", "x", "--out", str(tmp_path / "o"), "--context_length", "8", *arguments])
+        assert "did you mean 'vocab_size'?" in capsys.readouterr().err
+
+
 def test_errors_are_one_message_on_stderr(tmp_path):
     command = [sys.executable, "-m", "mhf_lightning.data.cli", "prepare"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}

@@ -10,7 +10,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from conftest import CONTEXT_LENGTH, write_jsonl
+from data_corpus import CONTEXT_LENGTH, write_jsonl
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mhf_lightning.data import prepare as module

@@ -5,7 +5,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import CONTEXT_LENGTH
+from data_corpus import CONTEXT_LENGTH
 from torch.utils.data import DataLoader
 
 from mhf_lightning.data.blocks import IGNORE_INDEX, PaddedBlocks, TokenBlocks

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from mhf_kernels import FlashMHF, flash_mhf, router_weights
 
-from mhf_lightning.model import Decoder, DecoderConfig, FFNConfig, count_parameters
+from mhf_lightning.model import Decoder, DecoderConfig, FFNConfig, InitGainsConfig, count_parameters
 from mhf_lightning.model.ffn import FFN_VARIANTS, build_ffn
 from mhf_lightning.model.ffn.gated_swiglu import GatedSwiGLU
 
@@ -82,6 +82,20 @@ def test_variance_matched_starts_at_the_scale_of_swiglu(name):
         return ffn(x).square().mean().sqrt().item()
 
     assert 0.5 < output_rms(name) / output_rms("swiglu") < 1.5
+
+
+def test_flash_mhf_takes_every_option_from_the_configuration():
+    torch.manual_seed(0)
+    options = {"num_heads": 4, "num_subnetworks": 2, "d_e": 64, "num_kuv_heads": 2, "query_norm": False}
+    gains = InitGainsConfig(v_std=0.5, router_std=0.1)
+    ffn = build_ffn(DecoderConfig(d_model=64, ffn=FFNConfig("flash_mhf", skip_linear=True, gains=gains, **options)))
+    assert ffn.k.shape == (2, 2, 64, 16)
+    assert ffn.w_in is None
+    assert ffn.w_out is None
+    assert ffn.q_norm is None
+    assert ffn.v.std().item() == pytest.approx(0.5, rel=0.05)
+    assert ffn.router.std().item() == pytest.approx(0.1, rel=0.2)
+    assert ffn.k.std().item() == pytest.approx(0.02 * 2, rel=0.05)
 
 
 def test_dense_moe_is_flash_mhf_with_one_head():

@@ -119,6 +119,13 @@ def test_last_without_a_checkpoint_is_an_error(corpus, tmp_path):
     assert "last.ckpt does not exist" in mhf("fit", *args, "--ckpt_path", "last", code=2)
 
 
+def test_a_run_folder_is_not_mixed_with_another_s_checkpoint(trained, tmp_path):
+    run_dir, args, _ = trained
+    copied = tmp_path / "elsewhere.ckpt"
+    copied.write_bytes((run_dir / "checkpoints/last.ckpt").read_bytes())
+    assert "already holds a run" in mhf("fit", *args, "--ckpt_path", str(copied), code=2)
+
+
 def test_validation_of_nothing_is_an_error(trained):
     _, args, _ = trained
     assert "give --ckpt_path" in mhf("validate", *args, code=2)

@@ -84,6 +84,20 @@ def test_accumulation(micro_batch_size, accumulate):
     check(micro_batch_size, accumulate, devices=1)
 
 
+def test_clipping_scales_to_the_norm():
+    seed_everything(5)
+    module = KeepGradients(CONFIG, OptimizerConfig(grad_clip=1e-3), ScheduleConfig(warmup_steps=0), z_loss=Z_LOSS)
+    options = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = Trainer(accelerator="cpu", devices=1, max_steps=1, **options)
+    trainer.fit(module, Blocks(12))
+    _, gradients = expected_gradients()
+    norm = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm()
+    assert norm > 1e-2
+    assert trainer.callback_metrics["train/grad_norm"].item() == pytest.approx(norm.item(), rel=1e-4)
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(module.kept[key], gradient * (1e-3 / norm), rtol=1e-3, atol=1e-8)
+
+
 def _rank(rank: int, port: int) -> None:
     import os
 

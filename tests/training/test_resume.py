@@ -29,7 +29,7 @@ class Recorder(Callback):
             raise KeyboardInterrupt
 
 
-def run(corpus: Path, config, folder: Path, workers: int, stop_after=None, ckpt_path=None, seed=7):
+def run(corpus: Path, config, folder: Path, workers: int, stop_after=None, ckpt_path=None, seed=7, extra=None):
     seed_everything(seed)
     recorder = Recorder(stop_after)
     module = PretrainModule(
@@ -50,7 +50,7 @@ def run(corpus: Path, config, folder: Path, workers: int, stop_after=None, ckpt_
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        callbacks=[StepCheckpoint(folder, CheckpointConfig(every_n_steps=5)), recorder],
+        callbacks=[StepCheckpoint(folder, CheckpointConfig(every_n_steps=5)), recorder, *([extra] if extra else [])],
     )
     data = TokenDataModule(str(corpus), micro_batch_size=3, num_workers=workers)
     try:
@@ -101,6 +101,26 @@ def test_another_architecture_is_refused_with_the_keys(corpus, decoder_config, t
         ValueError, match=r"another architecture(.|\n)*ffn\.k: model \(2, 2, 48, 16\), checkpoint \(2, 2, 32, 16\)"
     ):
         run(corpus, decoder_config, tmp_path, 0, ckpt_path=tmp_path / "last.ckpt")
+
+
+def test_what_no_shape_shows_is_refused_too(corpus, decoder_config, tmp_path):
+    run(corpus, decoder_config, tmp_path, 0, stop_after=5)
+    decoder_config.num_attention_heads, decoder_config.tie_embeddings = 4, False
+    with pytest.raises(ValueError, match=r"num_attention_heads: model 4, checkpoint 2; tie_embeddings: model False"):
+        run(corpus, decoder_config, tmp_path, 0, ckpt_path=tmp_path / "last.ckpt")
+
+
+def test_a_resume_does_not_save_in_the_middle_of_a_step(corpus, decoder_config, tmp_path):
+    run(corpus, decoder_config, tmp_path, 0, stop_after=5)
+    before = (tmp_path / "last.ckpt").read_bytes()
+
+    class StopInWindow(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.fit_loop.epoch_loop.batch_progress.current.ready == 22:  # the second of step 6's four
+                raise KeyboardInterrupt
+
+    run(corpus, decoder_config, tmp_path, 0, stop_after=10, ckpt_path=tmp_path / "last.ckpt", extra=StopInWindow())
+    assert (tmp_path / "last.ckpt").read_bytes() == before
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(corpus, decoder_config, tmp_path):
