@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser
 from mhf_lightning.model import Decoder, DecoderConfig, count_parameters
 
 PAPER = Path(__file__).parent / "paper"
+SIZES = ("128m", "370m", "1.3b")
 TOLERANCE = 0.03
 
 
@@ -29,22 +30,18 @@ def count(config: DecoderConfig) -> tuple[int, int]:
 
 
 def table() -> str:
-    """Return the table, one section for each size of the paper."""
+    """Return the table: the paper's sizes, then the small models of ``configs/model``."""
     lines = [
-        "# Sizes of the paper's models",
+        "# Sizes of the models",
         "",
-        "Made by `make sizes` from the files of this folder. *Against baseline* compares the parameters outside",
+        "Made by `make sizes` from the files of this folder and of `configs/model`. *Against baseline* compares the parameters outside",
         f"embedding and head with the SwiGLU model of that size; rows more than {TOLERANCE:.0%} off are bold: the",
         "paper's own widths and layer counts miss by that much.",
         "",
         "| size | file | layers | d_h | E x d_e | d_ff | parameters | without embeddings | against baseline |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for folder in sorted(
-        PAPER.iterdir(), key=lambda path: ["128m", "370m", "1.3b"].index(path.name) if path.is_dir() else -1
-    ):
-        if not folder.is_dir():
-            continue
+    for folder in (*(PAPER / size for size in SIZES), PAPER.parent / "model"):
         _, baseline = count(decoder_config(folder / "swiglu.yaml"))
         for path in sorted(folder.glob("*.yaml")):
             if path.stem == "recipe":
