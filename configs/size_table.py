@@ -34,8 +34,8 @@ def table() -> str:
     lines = [
         "# Sizes of the models",
         "",
-        "Made by `make sizes` from the files of this folder and of `configs/model`. *Against baseline* compares the parameters outside",
-        f"embedding and head with the SwiGLU model of that size; rows more than {TOLERANCE:.0%} off are bold: the",
+        "Made by `make sizes` from the files of this folder and of `configs/model`. *Against baseline* compares",
+        f"the parameters outside embedding and head with the SwiGLU model of that size; rows more than {TOLERANCE:.0%} off are bold: the",
         "paper's own widths and layer counts miss by that much.",
         "",
         "| size | file | layers | d_h | E x d_e | d_ff | parameters | without embeddings | against baseline |",

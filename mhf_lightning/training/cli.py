@@ -142,11 +142,13 @@ class MHFCLI(LightningCLI):
 
     def predict(self, **kwargs: Any) -> None:
         """Write one line per validation block: its index, summed loss in nats, and number of target tokens."""
-        batches: list[Any] = self.trainer.predict(**{**kwargs, "return_predictions": True}) or []
         self.run_dir.mkdir(parents=True, exist_ok=True)
         ranks = self.trainer.world_size
         name = "predictions.jsonl" if ranks == 1 else f"predictions-rank{self.trainer.global_rank}.jsonl"
         path = self.run_dir / name
+        if path.exists():
+            raise ValueError(f"{path} exists; move it away, or choose another --run_dir and give --ckpt_path a file")
+        batches: list[Any] = self.trainer.predict(**{**kwargs, "return_predictions": True}) or []
         with path.open("w", encoding="utf-8") as file:
             for batch in batches:
                 for row in zip(*(batch[key].tolist() for key in ("sample_index", "nll", "num_tokens")), strict=True):
