@@ -35,7 +35,8 @@ def table() -> str:
         "# Sizes of the models",
         "",
         "Made by `make sizes` from the files of this folder and of `configs/model`. *Against baseline* compares",
-        f"the parameters outside embedding and head with the SwiGLU model of that size; rows more than {TOLERANCE:.0%} off are bold: the",
+        f"the parameters outside embedding and head with the SwiGLU model of that size;"
+        f" rows more than {TOLERANCE:.0%} off are bold: the",
         "paper's own widths and layer counts miss by that much.",
         "",
         "| size | file | layers | d_h | E x d_e | d_ff | parameters | without embeddings | against baseline |",
