@@ -1,5 +1,6 @@
 # make train: prepare a corpus, pretrain a small FlashMHF, print what came out.
 # make test:  the tests.      make check: lint, format, types.
+# make test-faults: kills, damage and full disks, many times over.
 # Each sets up .venv by itself; PYTHON=python3.12 make ... picks the interpreter.
 PYTHON ?= python3
 RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
@@ -7,7 +8,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: train test test-fast check sizes clean
+.PHONY: train test test-fast test-faults check sizes clean
 
 train: $(READY)
 	$(VENV)/bin/mhf data prepare --config configs/quickstart_data.yaml
@@ -18,6 +19,9 @@ test: $(READY)
 
 test-fast: $(READY)
 	$(VENV)/bin/python -m pytest -m "not slow"
+
+test-faults: $(READY)
+	MHF_FAULTS=full $(VENV)/bin/python -m pytest -s tests/faults
 
 check: $(READY)
 	$(VENV)/bin/ruff check .
@@ -31,6 +35,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 10) <= sys.version_info[:2] <= (3, 13) else "Python 3.10 to 3.13 is needed; set PYTHON=python3.12 or the like")'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[dev]'
+	DS_BUILD_OPS=0 $(VENV)/bin/python -m pip install -q -c constraints.txt --no-build-isolation deepspeed
 	@touch $(READY)
 
 clean:

@@ -6,6 +6,7 @@ Torch and Lightning are imported only by the commands that need them, so that ``
 import sys
 
 from mhf_lightning import __version__
+from mhf_lightning.signals import block_stop_signals
 
 HELP = f"""mhf {__version__}: pretrain language models with FlashMHF feed-forward layers
 
@@ -14,10 +15,13 @@ usage: mhf COMMAND [options]
   mhf data prepare     tokenise and pack a corpus (text, jsonl, parquet, Hub datasets)
   mhf data inspect     show what a prepared corpus holds
   mhf data verify      check a prepared corpus against its hashes
-  mhf fit              train; --ckpt_path last continues a run
+  mhf fit              train; --ckpt_path auto starts a run or continues it
   mhf validate         loss and perplexity on the validation split
   mhf test             the same, logged as test
   mhf predict          loss of every validation block, as predictions.jsonl in the run folder
+  mhf export           a trained model as one safetensors file
+  mhf plan             memory per GPU, FLOPs and days of a run, worked out without GPU and data
+  mhf bench layer      time and memory of FlashMHF, SwiGLU and others; table, CSV, plot
 
   mhf COMMAND --help               all options of a command
   mhf fit --print_config           all options with the values they would have
@@ -39,7 +43,21 @@ def main(args: list[str] | None = None) -> None:
         from mhf_lightning.data.cli import main as data_main
 
         sys.exit(data_main(args[1:]))
+    elif args[0] == "bench":
+        from mhf_lightning.bench.cli import main as bench_main
+
+        sys.exit(bench_main(args[1:]))
+    elif args[0] == "plan":
+        from mhf_lightning.plan.cli import main as plan_main
+
+        sys.exit(plan_main(args[1:]))
+    elif args[0] == "export":
+        from mhf_lightning.checkpoint.export import main as export_main
+
+        sys.exit(export_main(args[1:]))
     else:
+        if args[0] == "fit":
+            block_stop_signals()
         from mhf_lightning.training.cli import run
 
         run(args)

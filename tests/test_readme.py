@@ -47,7 +47,7 @@ def test_every_mhf_command_runs_in_order(tmp_path):
     assert [words[1] for words in listed] == ["data", "fit", "data", "data", "data", "fit"]
     for words in listed:
         run(words, tmp_path)
-    assert (tmp_path / "runs/mine/checkpoints/last.ckpt").exists()
+    assert (tmp_path / "runs/mine/checkpoints/latest").exists()
 
 
 def test_make_train_runs_the_commands_of_the_readme():

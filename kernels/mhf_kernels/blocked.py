@@ -93,7 +93,8 @@ def backward(
         needs_grad: which of q, k, u, v, r want a gradient; work that only the others need is skipped.
 
     Returns:
-        Gradients of q, k, u, v, r, contiguous, each in its input's shape and dtype, or None where not wanted.
+        Gradients of q, k, u, v, r, each in its input's shape and dtype, or None where not wanted; contiguous, but for
+        that of r, which is laid out as `torch.empty_like(r)`.
     """
     need_q, need_k, need_u, need_v, need_r = needs_grad
     need_m, need_n = need_q or need_k, need_q or need_u
@@ -141,6 +142,8 @@ def backward(
         if dr is not None:
             _from_rows(dr_rows, dr.flatten(0, 1)[tokens])
 
+    if dr is not None and not r.is_contiguous():
+        dr = torch.empty_like(r).copy_(dr)
     return (
         dq,
         None if dk is None else dk.to(k.dtype),

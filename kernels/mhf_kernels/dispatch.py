@@ -34,7 +34,10 @@ class Backend(Protocol):
         r: Tensor,
         needs_grad: tuple[bool, bool, bool, bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """Return the gradients of q, k, u, v, r, contiguous, in their dtypes; None where `needs_grad` is False."""
+        """Return the gradients of q, k, u, v, r in their dtypes; None where `needs_grad` is False.
+
+        dQ, dK, dU and dV are contiguous; dR is laid out as `torch.empty_like(r)`.
+        """
 
 
 class BackendUnavailableError(ValueError):
@@ -45,6 +48,7 @@ NAMES = ("gluon", "triton", "reference")
 
 # Name to module, in the order in which `auto` tries them. The last one supports everything.
 BACKENDS = {
+    "triton": "mhf_kernels.triton_backend",
     "reference": "mhf_kernels.blocked",
 }
 
@@ -57,21 +61,28 @@ def select(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> Backend:
     """
     wanted = os.environ.get("MHF_BACKEND") or "auto"
     if wanted == "auto":
-        candidates = (_load(name) for name in BACKENDS)
-        return next(backend for backend in candidates if backend.supports(q, k, u, v, r) is None)
+        return _load(next(name for name in BACKENDS if why_not(name, q, k, u, v, r) is None))
 
     if wanted not in NAMES:
         raise BackendUnavailableError(f"MHF_BACKEND={wanted} is unknown; allowed: auto, {', '.join(NAMES)}")
-    if wanted not in BACKENDS:
-        reason: str | None = f"this version of mhf_kernels has no {wanted} kernels"
-    else:
-        reason = _load(wanted).supports(q, k, u, v, r)
+    reason = why_not(wanted, q, k, u, v, r)
     if reason is not None:
         others = ", ".join(name for name in BACKENDS if name != wanted)
         raise BackendUnavailableError(
             f"MHF_BACKEND={wanted} is not available here: {reason}; unset it, or set it to one of: auto, {others}"
         )
     return _load(wanted)
+
+
+def why_not(name: str, q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> str | None:
+    """Return None where the backend can run these inputs, else the reason why not."""
+    if name not in BACKENDS:
+        return f"this version of mhf_kernels has no {name} kernels"
+    try:
+        backend = _load(name)
+    except ImportError as error:
+        return f"it cannot be imported ({error})"
+    return backend.supports(q, k, u, v, r)
 
 
 def _load(name: str) -> Backend:

@@ -26,7 +26,8 @@ def flash_mhf(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> Tensor:
         k: gate weights, `[H_kuv, E, d_e, d_h]`, H a multiple of H_kuv; query head `h` uses head `h // (H / H_kuv)`.
         u: up weights, the shape of `k`.
         v: down weights, the shape of `k`. k, u, v have the dtype of `q`, except under autocast.
-        r: gate of each sub-network, `[B, L, H, E]`; float32 (recommended) or the dtype of `q`.
+        r: gate of each sub-network, `[B, L, H, E]`; float32 (recommended) or the dtype of `q`. The kernels read it
+            fastest with stride 1 along L, as `router_weights` lays it out.
 
     Returns:
         `[B, L, H, d_h]`, contiguous, in the dtype of `q` (under autocast: the autocast dtype).
@@ -52,11 +53,12 @@ def router_weights(q: Tensor, router: Tensor) -> Tensor:
         router: W, `[H, d_h, E]`, any floating dtype.
 
     Returns:
-        `[B, L, H, E]`, float32; each row sums to 1.
+        `[B, L, H, E]`, float32, in memory `[H, E, B, L]`; each row sums to 1.
     """
     wide = torch.promote_types(torch.promote_types(q.dtype, router.dtype), torch.float32)
     with _autocast_disabled(q.device.type):
-        p = torch.einsum("blhd,hde->blhe", q.to(wide), router.to(wide))
+        # [H, E, B, L] in memory: the kernels read one sub-network's gates of many tokens at a time.
+        p = torch.einsum("blhd,hde->hebl", q.to(wide), router.to(wide)).permute(2, 3, 0, 1)
         s = torch.sigmoid(p)
         return s / s.sum(dim=-1, keepdim=True).clamp_min(1e-20)
 

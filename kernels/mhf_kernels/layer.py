@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from mhf_kernels.functional import flash_mhf, router_weights
 from mhf_kernels.initialization import InitGains, LayerSizes, initial_scales
@@ -59,6 +62,8 @@ class FlashMHF(nn.Module):
         num_kuv_heads: H_kuv, K/U/V heads; several query heads share one where it is smaller. None: num_heads.
         query_norm: RMSNorm each head of Q.
         skip_linear: leave out W_in and W_out.
+        recompute_queries: keep X and S for the backward, and compute Q and R from X again: about 40% of the memory, for
+            one more product with W_in.
         norm_eps: epsilon of the query norm.
         initialization: `variance_matched` (the layer starts at the scale of a SwiGLU FFN) or `paper`.
         gains: overrides of single values of the initialisation.
@@ -79,6 +84,7 @@ class FlashMHF(nn.Module):
         num_kuv_heads: int | None = None,
         query_norm: bool = True,
         skip_linear: bool = False,
+        recompute_queries: bool = False,
         norm_eps: float = 1e-6,
         initialization: str = "variance_matched",
         gains: InitGains | None = None,
@@ -97,7 +103,7 @@ class FlashMHF(nn.Module):
         )
         self.d_model, self.num_heads, self.d_h = d_model, num_heads, d_model // num_heads
         self.num_subnetworks, self.d_e, self.num_kuv_heads = num_subnetworks, d_e, num_kuv_heads
-        self.initialization = initialization
+        self.initialization, self.recompute_queries = initialization, recompute_queries
         sizes = LayerSizes(d_model, self.d_h, num_subnetworks, query_norm=query_norm, has_linear=not skip_linear)
         self.scales = initial_scales(initialization, sizes, gains)
 
@@ -147,10 +153,20 @@ class FlashMHF(nn.Module):
         """Map `[B, L, d_model]` to `[B, L, d_model]`."""
         if x.dim() != 3 or x.shape[-1] != self.d_model:
             raise ValueError(f"the input must be [B, L, d_model = {self.d_model}]; got {list(x.shape)}")
+        if self.recompute_queries and torch.is_grad_enabled():
+            s = checkpoint(
+                self._subnetworks, x, use_reentrant=False, preserve_rng_state=False, context_fn=_keep_the_ops_output
+            )
+        else:
+            s = self._subnetworks(x)
+        o = s.flatten(-2)  # [B, L, d_model]
+        return o if self.w_out is None else self.w_out(o)
+
+    def _subnetworks(self, x: Tensor) -> Tensor:
+        """Map `[B, L, d_model]` to S `[B, L, H, d_h]`: steps 1 to 4."""
         q = self.queries(x)  # [B, L, H, d_h]
         r = router_weights(q, self.router)  # [B, L, H, E]
-        o = flash_mhf(q, self.k, self.u, self.v, r).flatten(-2)  # [B, L, d_model]
-        return o if self.w_out is None else self.w_out(o)
+        return flash_mhf(q, self.k, self.u, self.v, r)
 
     def extra_repr(self) -> str:
         """Show sizes in `repr`."""
@@ -158,6 +174,10 @@ class FlashMHF(nn.Module):
             f"d_model={self.d_model}, num_heads={self.num_heads}, num_subnetworks={self.num_subnetworks}, "
             f"d_e={self.d_e}, num_kuv_heads={self.num_kuv_heads}, initialization={self.initialization}"
         )
+
+
+# S is kept in any case, as the input of W_out; so the op itself is never run again.
+_keep_the_ops_output = partial(create_selective_checkpoint_contexts, [torch.ops.mhf.flash_mhf.default])
 
 
 def _check_sizes(**sizes: int) -> None:

@@ -69,9 +69,10 @@ def _(
     need_v: bool,
     need_r: bool,
 ) -> tuple[Tensor, ...]:
-    needs_grad = (need_q, need_k, need_u, need_v, need_r)
-    inputs = (q, k, u, v, r)
-    return tuple(x.new_empty(x.shape if needed else 0) for x, needed in zip(inputs, needs_grad, strict=True))
+    needs_grad = (need_q, need_k, need_u, need_v)
+    inputs = (q, k, u, v)
+    grads = [x.new_empty(x.shape if needed else 0) for x, needed in zip(inputs, needs_grad, strict=True)]
+    return (*grads, torch.empty_like(r) if need_r else r.new_empty(0))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:

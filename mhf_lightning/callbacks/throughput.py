@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from mhf_lightning.callbacks import is_logging_step
+from mhf_lightning.training.ranks import data_parallel_ranks
 
 
 class Throughput(Callback):
@@ -34,7 +35,7 @@ class Throughput(Callback):
         if self._window_start is None:  # the first batch pays for lazy initialisation and compilation
             self._window_start = self._now(pl_module)
             return
-        self._window_tokens += batch["labels"].numel() * trainer.world_size
+        self._window_tokens += batch["labels"].numel() * data_parallel_ranks(trainer)[1]
         if is_logging_step(trainer):
             rate = self._close(pl_module)
             if rate is not None:

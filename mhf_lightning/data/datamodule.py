@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from mhf_lightning.data.blocks import Item, PaddedBlocks, TokenBlocks
 from mhf_lightning.data.errors import DataError
 from mhf_lightning.data.manifest import Manifest, verify
 from mhf_lightning.data.sampler import GlobalOrderSampler, SequentialSampler
+from mhf_lightning.training.ranks import data_parallel_ranks
 
 
 class TokenDataModule(LightningDataModule):
@@ -132,7 +134,7 @@ class TokenDataModule(LightningDataModule):
         """Continue where the checkpoint stopped.
 
         Raises:
-            DataError: It was trained on another dataset, or in the order of another seed.
+            DataError: It was trained on another dataset, in the order of another seed, or with another global batch.
         """
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             return  # validation and the like may look at any dataset
@@ -146,15 +148,17 @@ class TokenDataModule(LightningDataModule):
                 f"the checkpoint's data order has seed {state_dict['seed']}, data.seed is {self.seed}. "
                 f"Set data.seed to {state_dict['seed']}, or start a new run."
             )
-        if self.trainer is not None and state_dict["global_batch"] != self._global_batch():
+        before, now = state_dict["global_batch"], self._global_batch()
+        if before is not None and now is not None and math.prod(before) != math.prod(now):
             raise DataError(
-                f"the checkpoint was trained with [micro_batch_size, ranks, accumulate_grad_batches] = "
-                f"{state_dict['global_batch']}, here they are {self._global_batch()}. Set them to the same values."
+                f"the checkpoint was trained with a global batch of {math.prod(before)} = micro_batch_size {before[0]} "
+                f"x ranks {before[1]} x accumulate_grad_batches {before[2]}, here it is {math.prod(now)} = "
+                f"{now[0]} x {now[1]} x {now[2]}. Change them so that the product is {math.prod(before)}."
             )
         self.consumed_samples = state_dict["consumed_samples"]
 
     def _global_batch(self) -> list[int] | None:
-        """How a step's samples are dealt out; Lightning counts its progress in these micro-batches."""
+        """How a step's samples are dealt out: micro-batch size, ranks, accumulation. A resume keeps their product."""
         if self.trainer is None:
             return None
         return [self.micro_batch_size, self._data_parallel()[1], self.trainer.accumulate_grad_batches]
@@ -164,13 +168,8 @@ class TokenDataModule(LightningDataModule):
         return TokenBlocks(self.path, split, verify_hashes=False, document_masking=self.document_masking)
 
     def _data_parallel(self) -> tuple[int, int]:
-        """(rank, number of ranks) among those that read different data: tensor-parallel ranks read the same."""
-        trainer = self.trainer
-        assert trainer is not None
-        kwargs = getattr(trainer.strategy, "distributed_sampler_kwargs", None)
-        if kwargs is not None:
-            return kwargs["rank"], kwargs["num_replicas"]
-        return trainer.global_rank, trainer.world_size
+        assert self.trainer is not None
+        return data_parallel_ranks(self.trainer)
 
     def _loader_options(self) -> dict[str, Any]:
         trainer = self.trainer

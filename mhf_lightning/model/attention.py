@@ -33,9 +33,9 @@ class CausalAttention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
         """Attend causally, or as ``mask`` (boolean, ``[B, 1, L, L]``, True where a query may look) says."""
-        q = self._heads(self.q_proj(x), self.num_heads)  # [B, heads, L, d_head]
-        k = self._heads(self.k_proj(x), self.num_kv_heads)
-        v = self._heads(self.v_proj(x), self.num_kv_heads)
+        q = self._heads(self.q_proj(x))  # [B, heads, L, d_head]
+        k = self._heads(self.k_proj(x))
+        v = self._heads(self.v_proj(x))
         attended = F.scaled_dot_product_attention(
             apply_rotary(q, cos, sin),
             apply_rotary(k, cos, sin),
@@ -46,8 +46,8 @@ class CausalAttention(nn.Module):
         )
         return self.o_proj(attended.transpose(1, 2).flatten(2))
 
-    def _heads(self, x: Tensor, heads: int) -> Tensor:
-        return x.unflatten(-1, (heads, self.d_head)).transpose(1, 2)
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.d_head)).transpose(1, 2)  # all heads, or those of this tensor-parallel rank
 
 
 def document_mask(document_ids: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ class FFNConfig:
         num_kuv_heads: Number of K/U/V heads, a divisor of num_heads; null means num_heads (flash_mhf).
         query_norm: RMSNorm of every query head; null means true (mh_ffn, pkv, dense_moe, flash_mhf).
         skip_linear: Leave out W_in and W_out; null means false (flash_mhf).
+        recompute_queries: Compute Q and the router again in the backward; null means false (flash_mhf).
         gains: Overrides of the initialisation's scales (flash_mhf).
     """
 
@@ -52,6 +53,7 @@ class FFNConfig:
     num_kuv_heads: Optional[int] = None  # noqa: UP045
     query_norm: Optional[bool] = None  # noqa: UP045
     skip_linear: Optional[bool] = None  # noqa: UP045
+    recompute_queries: Optional[bool] = None  # noqa: UP045
     gains: Optional[InitGainsConfig] = None  # noqa: UP045
 
     def take(self, *, required: tuple[str, ...], optional: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -1,14 +1,15 @@
 """Sampling text from a decoder, one token at a time; no key/value cache, so for short samples only."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
-
-from mhf_lightning.model.transformer import Decoder
 
 
 @torch.no_grad()
 def sample(
-    decoder: Decoder,
+    decoder: Callable[[Tensor], Any],
     prompt_ids: Tensor,
     num_tokens: int,
     *,
@@ -21,7 +22,7 @@ def sample(
     """Continue a prompt by nucleus sampling.
 
     Args:
-        decoder: The model, in evaluation mode.
+        decoder: Maps tokens ``[1, L]`` to logits ``[1, L, vocab_size]``, in evaluation mode.
         prompt_ids: ``[L]``, int64, at least one token, on the model's device.
         num_tokens: How many tokens to add at most.
         max_context: How many of the last tokens the model sees (its training context).
@@ -35,8 +36,7 @@ def sample(
     """
     ids = prompt_ids
     for _ in range(num_tokens):
-        logits = decoder(ids[None, -max_context:])
-        assert isinstance(logits, Tensor)
+        logits: Tensor = decoder(ids[None, -max_context:])
         probabilities = torch.softmax(logits[0, -1].float().cpu() / temperature, dim=-1)
         ordered, order = probabilities.sort(descending=True)
         ordered[ordered.cumsum(0) - ordered >= top_p] = 0.0

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhf_lightning.model.attention import CausalAttention, document_mask
+from mhf_lightning.model.checkpointing import ActivationCheckpointing, checkpointed
 from mhf_lightning.model.config import DecoderConfig
 from mhf_lightning.model.ffn import build_ffn
 from mhf_lightning.model.loss import LossSums, linear_cross_entropy_sums
@@ -23,6 +24,7 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.ffn: Any = build_ffn(config)  # an nn.Module with reset_parameters
         self.dropout = config.dropout
+        self.activation_checkpointing: ActivationCheckpointing = "none"
 
     def reset_parameters(self) -> None:
         """Draw the weights of all parts."""
@@ -33,6 +35,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
         """Apply the block to ``x [B, L, d_model]``."""
+        mode, dropout = self.activation_checkpointing, self.training and self.dropout > 0
+        return checkpointed(self._sub_layers, mode, x, cos, sin, mask, dropout=dropout)
+
+    def _sub_layers(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
         x = x + self._drop(self.attention(self.attention_norm(x), cos, sin, mask))
         return x + self._drop(self.ffn(self.ffn_norm(x)))
 

@@ -17,20 +17,28 @@ from typing import Any, cast
 
 import torch
 from jsonargparse import set_parsing_settings
+from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.trainer import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
 from mhf_lightning.callbacks.checkpoint import CheckpointConfig, StepCheckpoint
+from mhf_lightning.callbacks.heartbeat import Heartbeat
 from mhf_lightning.callbacks.memory import PeakMemory
+from mhf_lightning.callbacks.preemption import Preemption
 from mhf_lightning.callbacks.progress import StepProgressBar
 from mhf_lightning.callbacks.run_folder import ResolvedConfig
 from mhf_lightning.callbacks.summary import RunSummary
 from mhf_lightning.callbacks.throughput import Throughput
+from mhf_lightning.checkpoint.files import CheckpointError
+from mhf_lightning.checkpoint.folder import Manifest, find_newest_valid, newest
+from mhf_lightning.checkpoint.strategy import MHFSingleDevice
 from mhf_lightning.data.cli import add_data_commands
 from mhf_lightning.data.datamodule import TokenDataModule
 from mhf_lightning.parsing import SuggestingParser
+from mhf_lightning.signals import restore_stop_signals
 from mhf_lightning.training.module import PretrainModule
 
 PARSER_MODE = "omegaconf+"
@@ -81,26 +89,28 @@ class MHFCLI(LightningCLI):
         """Look for the checkpoint that is asked for, and for a run that must not be overwritten."""
         options = self.config[str(self.subcommand)]
         checkpoints = self.run_dir / "checkpoints"
-        if options.get("ckpt_path") == "last":
-            last = checkpoints / "last.ckpt"
-            if not last.exists():
-                raise ValueError(f"--ckpt_path last: {last} does not exist; leave the option out to start a new run")
-            options["ckpt_path"] = str(last)
-        elif options.get("ckpt_path") and not Path(options["ckpt_path"]).exists():
-            raise ValueError(f"--ckpt_path {options['ckpt_path']} does not exist; give a file, or 'last'")
+        path = options.get("ckpt_path")
+        if path == "auto":
+            options["ckpt_path"] = find_checkpoint(checkpoints)
+            if self.subcommand == "fit":
+                return  # a run that was cut off before its first checkpoint starts again
+        elif path == "last":
+            options["ckpt_path"] = str(_newest(checkpoints))
+        elif path and not Path(path).is_dir():
+            raise ValueError(f"--ckpt_path {path} is no checkpoint folder; give one (.../step-N), 'last', or 'auto'")
         path = options.get("ckpt_path")
         if self.subcommand == "fit" and not (path and Path(path).resolve().parent == checkpoints.resolve()):
             self._refuse_existing_run()
-        if self.subcommand != "fit" and not options.get("ckpt_path"):
+        if self.subcommand != "fit" and not path:
             raise ValueError(
-                f"mhf {self.subcommand} needs a trained model: give --ckpt_path last, or a checkpoint file"
+                f"mhf {self.subcommand} needs a trained model: give --ckpt_path last, or a checkpoint folder"
             )
 
     @rank_zero_only
     def _refuse_existing_run(self) -> None:
         if (self.run_dir / "config.yaml").exists():
             raise ValueError(
-                f"{self.run_dir} already holds a run; continue it with --ckpt_path last, or choose another --run_dir"
+                f"{self.run_dir} already holds a run; continue it with --ckpt_path auto, or choose another --run_dir"
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -116,14 +126,20 @@ class MHFCLI(LightningCLI):
             text = parser.dump(options[str(self.subcommand)], skip_none=False, skip_link_targets=False)
             callbacks.append(ResolvedConfig(self.run_dir, text))
             if config.get("enable_checkpointing") is not False and not config.get("fast_dev_run"):
-                callbacks.append(
-                    StepCheckpoint(self.run_dir / "checkpoints", self._get(self.config_init, "checkpoint"))
-                )
+                checkpoint = StepCheckpoint(self.run_dir / "checkpoints", self._get(self.config_init, "checkpoint"))
+                callbacks += [checkpoint, Preemption(checkpoint)]
+            else:
+                restore_stop_signals()  # there would be nothing to come back to
+            if "MHF_HEARTBEAT_DIR" in os.environ:
+                callbacks.append(Heartbeat(Path(os.environ["MHF_HEARTBEAT_DIR"])))
         if config.get("precision") is None:
             on_gpu = torch.cuda.is_available() and config.get("accelerator") != "cpu"
             config["precision"] = "bf16-mixed" if on_gpu else "32-true"
         if str(config["precision"]).startswith("16"):
             raise ValueError("trainer.precision is float16, which needs loss scaling; use bf16-mixed or 32-true")
+        config["strategy"] = choose_strategy(config)
+        if SLURMEnvironment.detect() and not config.get("plugins"):
+            config["plugins"] = [SLURMEnvironment(auto_requeue=False)]  # callbacks/preemption.py does that
         config["default_root_dir"] = config.get("default_root_dir") or str(self.run_dir)
         if config.get("logger") is None and self.subcommand == "fit":
             config["logger"] = TensorBoardLogger(
@@ -136,9 +152,9 @@ class MHFCLI(LightningCLI):
     def _resumed_step(self) -> int | None:
         """Return the step to continue from: curves that a cut-off run drew past it are purged."""
         path = self._get(self.config, "ckpt_path")
-        if not path:
-            return None
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+        if path:
+            return Manifest.load(Path(path)).step
+        return 0 if (self.run_dir / "config.yaml").exists() else None  # cut off before its first checkpoint
 
     def predict(self, **kwargs: Any) -> None:
         """Write one line per validation block: its index, summed loss in nats, and number of target tokens."""
@@ -157,6 +173,57 @@ class MHFCLI(LightningCLI):
                             json.dumps(dict(zip(("sample_index", "nll", "num_tokens"), row, strict=True))) + "\n"
                         )
         print(f"wrote {path}")
+
+
+def find_checkpoint(folder: Path) -> str | None:
+    """What ``--ckpt_path auto`` means: the newest valid checkpoint, or None where there never was one.
+
+    Rank 0 compares hashes, and its choice is taken by all when the strategy loads; the others only look.
+
+    Raises:
+        CheckpointError: There are checkpoints, and none is valid.
+    """
+    path, skipped = find_newest_valid(folder, verify_files=cast(Any, rank_zero_only).rank == 0)
+    for message in skipped:
+        print(f"mhf: warning: skipped a checkpoint: {message}", file=sys.stderr)
+    return None if path is None else str(path)
+
+
+def _newest(folder: Path) -> Path:
+    try:
+        return newest(folder)
+    except CheckpointError as error:
+        raise ValueError(
+            f"--ckpt_path last: {error}; 'auto' takes the newest valid one, or starts a new run"
+        ) from error
+
+
+def choose_strategy(config: dict[str, Any]) -> Any:
+    """Replace the names ``auto`` and ``ddp`` by strategies whose checkpoints survive a kill.
+
+    Raises:
+        ValueError: Another name.
+    """
+    strategy = config.get("strategy") or "auto"
+    if not isinstance(strategy, str):
+        return strategy
+    on_gpu = torch.cuda.is_available() and config.get("accelerator") in (None, "auto", "gpu", "cuda")
+    devices = config.get("devices") or "auto"
+    if on_gpu:
+        devices = CUDAAccelerator.auto_device_count() if devices == "auto" else devices
+        indices: list[int] = CUDAAccelerator.parse_devices(devices) or []
+    else:
+        indices = list(range(1 if devices == "auto" else CPUAccelerator.parse_devices(devices)))
+    if strategy == "ddp" or (strategy == "auto" and (len(indices) > 1 or int(config.get("num_nodes") or 1) > 1)):
+        from mhf_lightning.training.strategies import MHFDDP
+
+        return MHFDDP()
+    if strategy == "auto":
+        return MHFSingleDevice(torch.device("cuda", indices[0]) if on_gpu else torch.device("cpu"))
+    raise ValueError(
+        f"trainer.strategy is {strategy!r}; use auto, ddp, or a class of mhf_lightning.training.strategies "
+        "(configs/trainer has one file for each)"
+    )
 
 
 @contextmanager
@@ -181,6 +248,7 @@ def _quieten() -> None:
         r".*does not have many workers which may be a bottleneck",  # blocks are memory-mapped
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # inside Lightning
         r"Checkpoint directory .* exists and is not empty",  # a resumed run
+        r"The `srun` command is available on your system but is not used",  # a short run on a login node
     ):
         warnings.filterwarnings("ignore", message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)

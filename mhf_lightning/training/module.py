@@ -3,15 +3,27 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from mhf_kernels import FlashMHF
 from torch import Tensor
 
 from mhf_lightning.callbacks.exact_resume import ExactResume
 from mhf_lightning.metrics import TokenPerplexity
 from mhf_lightning.model import Decoder, DecoderConfig
+from mhf_lightning.model.checkpointing import ActivationCheckpointing, check_mode
 from mhf_lightning.model.loss import LossSums
+from mhf_lightning.model.parallel import broadcast_weights, shard, split_heads
+from mhf_lightning.model.transformer import Block
+from mhf_lightning.training.gradients import Gradients, ParameterGradients, ZeroGradients
 from mhf_lightning.training.optimizer import OptimizerConfig, ScheduleConfig, build_adamw
+from mhf_lightning.training.ranks import data_parallel_group, data_parallel_ranks
+
+
+class NonFiniteError(RuntimeError):
+    """Loss or gradients were NaN or infinite more often in a row than ``max_skipped_steps`` allows."""
 
 
 class PretrainModule(LightningModule):
@@ -20,6 +32,9 @@ class PretrainModule(LightningModule):
     The loss of an optimiser step is the sum of the token losses over all ranks and micro-batches, divided by the
     number of tokens that have a target. Each micro-batch contributes its plain sum; the gradients are divided once,
     before clipping, when the number of tokens is known. So the result is the same however tokens are dealt to ranks.
+
+    A step whose loss or gradient norm is NaN or infinite on any rank is left out on all of them, without a trace in
+    weights or optimiser; the schedule and the data go on.
     """
 
     def __init__(
@@ -29,6 +44,9 @@ class PretrainModule(LightningModule):
         schedule: ScheduleConfig = ScheduleConfig(),  # noqa: B008
         z_loss: float = 0.0,
         compile_blocks: bool = False,
+        activation_checkpointing: ActivationCheckpointing = "none",
+        max_skipped_steps: int = 3,
+        tune_kernels: bool = False,
     ) -> None:
         """Build the model.
 
@@ -38,32 +56,49 @@ class PretrainModule(LightningModule):
             schedule: Learning rate over the run.
             z_loss: Weight of the mean squared log-normaliser of the softmax, added to the loss; 0 turns it off.
             compile_blocks: Compile every block with torch.compile; checkpoint keys stay the same.
+            activation_checkpointing: What each block keeps for its backward: ``none`` everything, ``full`` its input,
+                ``selective`` also the outputs of attention and of FlashMHF's op.
+            max_skipped_steps: Steps with a loss or gradient that is not finite to leave out in a row before the run
+                stops with an error; 0 stops at the first.
+            tune_kernels: Measure the tiles of FlashMHF's Triton kernels before training instead of taking them from the
+                shipped table: minutes, on one rank, which tells the others.
         """
         super().__init__()
         if z_loss < 0:
             raise ValueError(f"z_loss is {z_loss}; it must be 0 or more")
+        if max_skipped_steps < 0:
+            raise ValueError(f"max_skipped_steps is {max_skipped_steps}; it must be 0 or more")
+        check_mode(activation_checkpointing)
         self.decoder = Decoder(decoder)
         self.optimizer_config = optimizer
         self.schedule_config = schedule
         self.z_loss = z_loss
         self.compile_blocks = compile_blocks
+        self.activation_checkpointing = activation_checkpointing
+        self.max_skipped_steps = max_skipped_steps
+        self.tune_kernels = tune_kernels
         self.val_perplexity = TokenPerplexity()
         self.initial_validation: dict[str, float] = {}
         self.validated_step = 0
         self.tokens_seen = 0
+        self.skipped_steps = 0
+        self._skipped_in_a_row = 0
+        self._model_configured = False
         self._positions_per_batch = 0
-        self._window: Tensor | None = None  # [nll, tokens] of this optimiser step, this rank, float64
+        self._window: list[tuple[Tensor, Tensor]] = []  # ([nll, tokens] float64, sample_index) of each micro-batch
 
     def configure_callbacks(self) -> list[Callback]:
         """Bring the callback without which a resume would not be exact."""
         return [ExactResume()]
 
     def setup(self, stage: str) -> None:
-        """Check that data and model fit, and compile the blocks.
+        """Check that trainer, data and model fit.
 
         Raises:
-            ValueError: The dataset's tokens do not fit into the model's vocabulary.
+            ValueError: The dataset's tokens do not fit into the model's vocabulary, or clipping is set on the trainer.
         """
+        if self.trainer.gradient_clip_val is not None:
+            raise ValueError("trainer.gradient_clip_val is set; set model.optimizer.grad_clip instead")
         manifest = getattr(getattr(self.trainer, "datamodule", None), "manifest", None)
         vocab_size = self.decoder.config.vocab_size
         if manifest is not None and manifest.vocab_size > vocab_size:
@@ -71,9 +106,57 @@ class PretrainModule(LightningModule):
                 f"the dataset's tokenizer has {manifest.vocab_size} tokens, but model.decoder.vocab_size is "
                 f"{vocab_size}; set it to {manifest.vocab_size} or more, or prepare the data with a smaller tokenizer"
             )
-        if self.compile_blocks:
-            for block in self.decoder.blocks:
+
+    def configure_model(self) -> None:
+        """Split, compile and shard the blocks, in this order and once, as options and strategy say.
+
+        Raises:
+            ValueError: The model cannot be split like this, or the options exclude each other.
+        """
+        if self._model_configured:
+            return
+        mesh: Any = self.device_mesh  # of FSDP2 and tensor parallelism, else None
+        self._check_compiling(is_split=mesh is not None and mesh["tensor_parallel"].size() > 1)
+        self._model_configured = True
+        if mesh is not None:
+            broadcast_weights(self.decoder, self.trainer.strategy.root_device)
+            split_heads(self.decoder, mesh["tensor_parallel"])
+        for block in self.decoder.blocks:
+            assert isinstance(block, Block)
+            block.activation_checkpointing = self.activation_checkpointing
+            if self.compile_blocks:
                 block.compile(fullgraph=True)
+        if mesh is not None:
+            in_bf16 = str(self.trainer.precision).startswith("bf16")
+            shard(self.decoder, mesh["data_parallel"], torch.bfloat16 if in_bf16 else None)
+
+    def on_fit_start(self) -> None:
+        """Tune the kernels where that is asked for.
+
+        Raises:
+            ValueError: There is nothing to tune: no FlashMHF, or no GPU.
+        """
+        if not self.tune_kernels:
+            return
+        d_h = {layer.d_h for layer in self.decoder.modules() if isinstance(layer, FlashMHF)}
+        if not d_h or self.device.type != "cuda":
+            raise ValueError("model.tune_kernels is for FlashMHF layers on a GPU; turn it off")
+        from mhf_kernels.tune import tune_on_one_rank
+
+        dtype = torch.bfloat16 if str(self.trainer.precision).startswith("bf16") else torch.float32
+        tune_on_one_rank(d_h.pop(), dtype, log=rank_zero_info)
+
+    def _check_compiling(self, is_split: bool) -> None:
+        """Refuse what torch.compile cannot do (torch 2.11 to 2.13)."""
+        if not self.compile_blocks:
+            return
+        if getattr(self.trainer.strategy, "zero_stage_3", False):
+            raise ValueError("model.compile_blocks does not work with ZeRO-3, whose hooks break the graph; turn it off")
+        if is_split and self.activation_checkpointing == "full":
+            raise ValueError(
+                "model.compile_blocks with tensor parallelism does not work with model.activation_checkpointing full; "
+                "use selective or none"
+            )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW and the schedule, stepped after every optimiser step."""
@@ -81,6 +164,12 @@ class PretrainModule(LightningModule):
         factor = self.schedule_config.factor(self.trainer.max_steps)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Return the logits ``[B, L, vocab_size]`` of ``input_ids [B, L]``."""
+        logits = self.decoder(input_ids)
+        assert isinstance(logits, Tensor)
+        return logits
 
     def loss_sums(self, batch: dict[str, Tensor]) -> LossSums:
         """Run the decoder on a batch of the datamodule."""
@@ -94,10 +183,10 @@ class PretrainModule(LightningModule):
         return sums
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Return the micro-batch's summed loss over its number of positions (see :meth:`normalize_gradients`)."""
+        """Return the micro-batch's summed loss over its number of positions (the step divides by tokens instead)."""
         sums = self.loss_sums(batch)
         seen = torch.stack((sums.nll.detach().double(), sums.num_tokens.double()))
-        self._window = seen if self._window is None else self._window + seen
+        self._window.append((seen, batch["sample_index"]))
         loss = sums.nll if not self.z_loss else sums.nll + self.z_loss * sums.squared_log_z
         return loss / batch["labels"].numel()
 
@@ -107,41 +196,75 @@ class PretrainModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Divide the gradients by the global number of tokens, clip their global norm, and log the step."""
-        if gradient_clip_val is not None:
-            raise ValueError("trainer.gradient_clip_val is set; set model.optimizer.grad_clip instead")
-        totals = self._take_window()
-        self.normalize_gradients(totals[1])
-        parameters = [p for p in self.decoder.parameters() if p.grad is not None]
+        """Divide the gradients by the global number of tokens, clip their global norm, and log the step.
+
+        What is not finite is dropped. The decision needs one number on the host: one synchronisation a step.
+
+        Raises:
+            NonFiniteError: More steps in a row than allowed were not finite; the message names their last samples.
+        """
+        if self.trainer.fit_loop._should_accumulate():
+            return  # DeepSpeed asks after every micro-batch
+        window, self._window = self._window, []
+        reduce = self.trainer.strategy.reduce
+        totals = torch.stack([seen for seen, _ in window]).sum(0)
+        totals = reduce(totals, group=data_parallel_group(self.trainer), reduce_op="sum")
+        loss, num_tokens = totals[0] / totals[1].clamp_min(1), totals[1].clamp_min(1)
+
+        # Backward has summed losses over positions, averaged over micro-batches and data-parallel ranks.
+        _, ranks = data_parallel_ranks(self.trainer)
+        terms = self._positions_per_batch * self.trainer.accumulate_grad_batches * ranks
+        gradients = self._gradients()
+        norm = gradients.norm() * terms / num_tokens
         max_norm = self.optimizer_config.grad_clip or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-        loss = totals[0] / totals[1].clamp_min(1)
+        finite = reduce((loss + norm).isfinite().double(), reduce_op="min")
+        if bool(finite):
+            gradients.scale(terms / num_tokens * (max_norm / (norm + 1e-6)).clamp_max(1.0))
+            self._skipped_in_a_row = 0
+        else:
+            gradients.drop()
+            self._count_skipped(loss, norm, window)
         self.log("train/loss", loss.float(), prog_bar=True)
         self.log("train/perplexity", loss.exp().float())
         self.log("train/grad_norm", norm.float())
         self.log("train/lr", optimizer.param_groups[0]["lr"])
         self.log("train/tokens", float(self.tokens_seen))
+        self.log("train/skipped_steps", float(self.skipped_steps))
 
-    def normalize_gradients(self, num_tokens: Tensor) -> None:
-        """Turn gradients of ``mean over ranks and micro-batches of sum / positions`` into those of the global mean.
+    def _gradients(self) -> Gradients:
+        zero_optimizer = getattr(self.trainer.model, "optimizer", None)  # the model is DeepSpeed's engine, if any
+        if hasattr(zero_optimizer, "averaged_gradients"):
+            return ZeroGradients(zero_optimizer)
+        return ParameterGradients(self.decoder)
 
-        Args:
-            num_tokens: Tokens with a target in this optimiser step over all ranks (float64 scalar).
-        """
-        terms = self._positions_per_batch * self.trainer.accumulate_grad_batches * self.trainer.world_size
-        scale = (terms / num_tokens.clamp_min(1)).float()
-        gradients = [p.grad for p in self.decoder.parameters() if p.grad is not None]
-        torch._foreach_mul_(gradients, scale.to(gradients[0].device))
+    def _count_skipped(self, loss: Tensor, norm: Tensor, window: list[tuple[Tensor, Tensor]]) -> None:
+        self.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        what = f"step {self.trainer.global_step}: loss {float(loss)}, gradient norm {float(norm)}"
+        if self._skipped_in_a_row <= self.max_skipped_steps:
+            rank_zero_warn(
+                f"{what}: left out, {self._skipped_in_a_row} in a row of at most {self.max_skipped_steps}",
+                category=RuntimeWarning,
+            )
+            return
+        samples = [(sample, bool(seen[0].isfinite())) for seen, ids in window for sample in ids.tolist()]
+        gathered: list[Any] = [samples]
+        if dist.is_available() and dist.is_initialized():
+            gathered = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, samples)
+        every = {sample for part in gathered for sample, _ in part}
+        bad = {sample for part in gathered for sample, finite in part if not finite}  # none where only gradients are
+        raise NonFiniteError(
+            f"{what}; {self._skipped_in_a_row} in a row are more than model.max_skipped_steps, which is "
+            f"{self.max_skipped_steps}. Samples (sample_index) of "
+            f"{'the micro-batches whose loss is not finite' if bad else 'the step'}: "
+            f"{', '.join(map(str, sorted(bad or every)))}. Weights and optimiser are those before these steps"
+        )
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Remember the size of a micro-batch, the same for all of a run, and count tokens over all ranks."""
         self._positions_per_batch = batch["labels"].numel()
-        self.tokens_seen += self._positions_per_batch * self.trainer.world_size
-
-    def _take_window(self) -> Tensor:
-        assert self._window is not None
-        totals, self._window = self._window, None
-        return self.trainer.strategy.reduce(totals, reduce_op="sum")
+        self.tokens_seen += self._positions_per_batch * data_parallel_ranks(self.trainer)[1]
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Add a batch to the validation perplexity."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Optional
+from typing import Any, Literal, Optional
 
 import torch
 from torch import nn
@@ -94,10 +94,34 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 
+class MeshAdamW(torch.optim.AdamW):
+    """AdamW over DTensors of several device meshes, which fused kernels take one mesh at a time.
+
+    ``param_groups`` stay as they were given, so that a checkpoint does not depend on the mesh.
+    """
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters, each group split by mesh."""
+        groups = self.param_groups
+        self.param_groups = [part for group in groups for part in _split_by_mesh(group)]
+        try:
+            return super().step(closure)
+        finally:
+            self.param_groups = groups
+
+
+def _split_by_mesh(group: dict[str, Any]) -> list[dict[str, Any]]:
+    by_mesh: dict[Any, list[nn.Parameter]] = {}
+    for parameter in group["params"]:
+        by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    return [{**group, "params": parameters} for parameters in by_mesh.values()]
+
+
 def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """Build AdamW over ``model``, fused when all parameters are on a GPU."""
     on_gpu = all(p.is_cuda for p in model.parameters())
-    return torch.optim.AdamW(
+    meshes = {getattr(p, "device_mesh", None) for p in model.parameters()}
+    return (MeshAdamW if len(meshes) > 1 else torch.optim.AdamW)(
         parameter_groups(model, config.weight_decay),
         lr=config.lr,
         betas=(config.beta1, config.beta2),

@@ -14,7 +14,8 @@ def test_rate_is_tokens_over_training_time(monkeypatch):
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(Throughput, "_now", staticmethod(lambda module: clock.now))
     loop = SimpleNamespace(_should_accumulate=lambda: False)
-    trainer = SimpleNamespace(global_step=0, log_every_n_steps=2, world_size=3, fit_loop=loop, sanity_checking=False)
+    trainer = SimpleNamespace(global_step=0, log_every_n_steps=2, fit_loop=loop, sanity_checking=False)
+    trainer.strategy = SimpleNamespace(distributed_sampler_kwargs={"rank": 0, "num_replicas": 3})
     logged = []
     module = SimpleNamespace(log=lambda tag, value, **_: logged.append((tag, value)))
     meter = Throughput()

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,7 +14,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mhf_lightning.checkpoint import verify
+from mhf_lightning.model import Decoder, DecoderConfig, FFNConfig
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -58,7 +63,8 @@ def test_fit_prints_a_summary_and_writes_curves(trained):
     assert 250 < before < 350  # the vocabulary has 300 tokens
     assert after < before
     assert len(scalars(run_dir, "train/loss")) == 8
-    assert (run_dir / "checkpoints/last.ckpt").exists()
+    assert (run_dir / "checkpoints/latest").read_text() == "step-8\n"
+    assert verify(run_dir / "checkpoints/step-8").about["tokens_seen"] == 512
     assert yaml.safe_load((run_dir / "config.yaml").read_text())["model"]["decoder"]["d_model"] == 64
 
 
@@ -114,15 +120,64 @@ def test_a_finished_run_can_be_made_longer(trained):
     assert (run_dir / "config-resume-1.yaml").exists()
 
 
+def test_export_writes_a_file_that_the_decoder_loads(trained, tmp_path):
+    run_dir, _, _ = trained
+    output = tmp_path / "out/model.safetensors"
+    assert "step-8" in mhf("export", "--checkpoint", str(run_dir / "checkpoints/step-8"), "--output", str(output))
+    about, weights = json.loads(output.with_suffix(".json").read_text()), load_file(output)
+    assert (about["step"], about["tokens_seen"]) == (8, 512)
+    config = about["decoder"]
+    decoder = Decoder(DecoderConfig(**{**config, "ffn": FFNConfig(**config["ffn"])}))
+    decoder.load_state_dict(weights)
+    saved = load_file(run_dir / "checkpoints/step-8/shard-00000.safetensors")
+    assert all(value.equal(saved[f"model/decoder.{name}"]) for name, value in decoder.state_dict().items())
+    assert "exists; move it away" in mhf("export", "--run_dir", str(run_dir), "--output", str(output), code=2)
+    assert "give either --run_dir or --checkpoint" in mhf("export", "--output", str(output), code=2)
+
+
 def test_last_without_a_checkpoint_is_an_error(corpus, tmp_path):
     args = [*SMALL, "--data.path", str(corpus), "--data.micro_batch_size", "4", "--run_dir", str(tmp_path / "none")]
-    assert "last.ckpt does not exist" in mhf("fit", *args, "--ckpt_path", "last", code=2)
+    assert "holds no checkpoint" in mhf("fit", *args, "--ckpt_path", "last", code=2)
+
+
+def test_auto_starts_resumes_falls_back_and_refuses(corpus, tmp_path):
+    run_dir = tmp_path / "run"
+    args = [*SMALL, "--data.path", str(corpus), "--data.micro_batch_size", "4", "--run_dir", str(run_dir)]
+    args += ["--ckpt_path", "auto", "--trainer.limit_val_batches", "0", "--checkpoint.every_n_steps", "2"]
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text("of a start that was killed before its first checkpoint\n")
+    mhf("fit", *args, "--trainer.max_steps", "2")
+    assert scalars(run_dir, "train/tokens")[1] == 2 * 4 * 16
+    mhf("fit", *args, "--trainer.max_steps", "4")
+    assert set(scalars(run_dir, "train/loss")) == set(range(4))
+    shard = run_dir / "checkpoints/step-4/shard-00000.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-9] ^= 4
+    shard.write_bytes(data)
+    assert f"the newest checkpoint cannot be used: {shard} is damaged" in mhf(
+        "fit", *args, "--ckpt_path", "last", code=2
+    )
+    printed = mhf("fit", *args, "--trainer.max_steps", "6")
+    assert f"skipped a checkpoint: {shard} is damaged: its hash does not match" in printed
+    assert "step-4.set-aside is of a later step" in printed
+    assert scalars(run_dir, "train/tokens")[5] == 6 * 4 * 16
+    for path in (run_dir / "checkpoints").glob("step-*[0-9]/index.json"):
+        path.unlink()
+    printed = mhf("fit", *args, "--trainer.max_steps", "8", code=2)
+    assert "no checkpoint can be used" in printed
+    assert "step-6/index.json is missing" in printed
+    assert "step-4/index.json is missing" in printed
+
+
+def test_a_strategy_without_our_checkpoints_is_refused(corpus, tmp_path):
+    args = [*SMALL, "--data.path", str(corpus), "--data.micro_batch_size", "4", "--run_dir", str(tmp_path)]
+    assert "use auto, ddp, or a class of" in mhf("fit", *args, "--trainer.strategy", "fsdp", code=2)
 
 
 def test_a_run_folder_is_not_mixed_with_another_s_checkpoint(trained, tmp_path):
     run_dir, args, _ = trained
-    copied = tmp_path / "elsewhere.ckpt"
-    copied.write_bytes((run_dir / "checkpoints/last.ckpt").read_bytes())
+    copied = tmp_path / "step-8"
+    shutil.copytree(run_dir / "checkpoints/step-8", copied)
     assert "already holds a run" in mhf("fit", *args, "--ckpt_path", str(copied), code=2)
 
 
@@ -162,7 +217,7 @@ def test_interpolation_follows_a_later_flag(corpus, tmp_path):
     (tmp_path / "c.yaml").write_text('checkpoint:\n  every_n_steps: 7\n  keep: "${.every_n_steps}"\n')
     args = [*SMALL, "--config", str(tmp_path / "c.yaml"), "--data.path", str(corpus), "--data.micro_batch_size", "4"]
     printed = mhf("fit", *args, "--checkpoint.every_n_steps", "3", "--print_config")
-    assert yaml.safe_load(printed[printed.index("seed_everything") :])["checkpoint"] == {"every_n_steps": 3, "keep": 3}
+    assert yaml.safe_load(printed[printed.index("seed_everything") :])["checkpoint"]["keep"] == 3
 
 
 def test_help_version_and_completion():

@@ -7,6 +7,8 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 from mhf_lightning.callbacks.checkpoint import CheckpointConfig, StepCheckpoint
+from mhf_lightning.checkpoint.folder import checkpoints, verify
+from mhf_lightning.checkpoint.strategy import MHFSingleDevice
 from mhf_lightning.data.datamodule import TokenDataModule
 from mhf_lightning.training.module import PretrainModule
 from mhf_lightning.training.optimizer import OptimizerConfig, ScheduleConfig
@@ -36,7 +38,7 @@ def run(corpus: Path, config, folder: Path, workers: int, stop_after=None, ckpt_
         config, OptimizerConfig(lr=1e-2, grad_clip=0.5), ScheduleConfig(warmup_steps=3), z_loss=1e-4
     )
     trainer = Trainer(
-        accelerator="cpu",
+        strategy=MHFSingleDevice("cpu"),
         devices=1,
         max_steps=10,
         max_epochs=-1,
@@ -66,7 +68,7 @@ def test_resume_is_bitwise_exact(corpus, decoder_config, tmp_path, workers):
     first, _, _ = run(corpus, decoder_config, tmp_path / "cut", workers, stop_after=5)
     assert max(first.losses) == 5
     second, resumed, resumed_trainer = run(
-        corpus, decoder_config, tmp_path / "cut", workers, ckpt_path=tmp_path / "cut" / "last.ckpt", seed=99
+        corpus, decoder_config, tmp_path / "cut", workers, ckpt_path=tmp_path / "cut" / "step-5", seed=99
     )
 
     assert first.samples + second.samples == whole.samples
@@ -82,15 +84,12 @@ def test_resume_is_bitwise_exact(corpus, decoder_config, tmp_path, workers):
     assert resumed.tokens_seen == module.tokens_seen == 10 * 4 * 3 * 16
 
 
-def test_dropout_makes_the_random_state_matter(corpus, decoder_config, tmp_path):
+def test_dropout_makes_the_random_state_matter(corpus, decoder_config, tmp_path, monkeypatch):
     """Without the restored generators the losses after the resume differ: the test above can fail."""
     whole, _, _ = run(corpus, decoder_config, tmp_path / "whole", 0)
     run(corpus, decoder_config, tmp_path / "cut", 0, stop_after=5)
-    path = tmp_path / "cut" / "last.ckpt"
-    checkpoint = torch.load(path, weights_only=True)
-    checkpoint["callbacks"]["ExactResume"]["rng"] = []
-    torch.save(checkpoint, path)
-    second, _, _ = run(corpus, decoder_config, tmp_path / "cut", 0, ckpt_path=path, seed=99)
+    monkeypatch.setattr("mhf_lightning.callbacks.exact_resume.set_rng_state", lambda state: None)
+    second, _, _ = run(corpus, decoder_config, tmp_path / "cut", 0, ckpt_path=tmp_path / "cut" / "step-5", seed=99)
     assert second.losses[7] != whole.losses[7]
 
 
@@ -100,27 +99,35 @@ def test_another_architecture_is_refused_with_the_keys(corpus, decoder_config, t
     with pytest.raises(
         ValueError, match=r"another architecture(.|\n)*ffn\.k: model \(2, 2, 48, 16\), checkpoint \(2, 2, 32, 16\)"
     ):
-        run(corpus, decoder_config, tmp_path, 0, ckpt_path=tmp_path / "last.ckpt")
+        run(corpus, decoder_config, tmp_path, 0, ckpt_path=tmp_path / "step-5")
+
+
+def test_a_finished_run_keeps_two_checkpoints_and_names_the_newest(corpus, decoder_config, tmp_path):
+    run(corpus, decoder_config, tmp_path, 0)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-5", "step-10", "latest"}
+    assert (tmp_path / "latest").read_text() == "step-10\n"
+    assert verify(tmp_path / "step-10").about["consumed_samples"] == 10 * 4 * 3
 
 
 def test_what_no_shape_shows_is_refused_too(corpus, decoder_config, tmp_path):
     run(corpus, decoder_config, tmp_path, 0, stop_after=5)
     decoder_config.num_attention_heads, decoder_config.tie_embeddings = 4, False
     with pytest.raises(ValueError, match=r"num_attention_heads: model 4, checkpoint 2; tie_embeddings: model False"):
-        run(corpus, decoder_config, tmp_path, 0, ckpt_path=tmp_path / "last.ckpt")
+        run(corpus, decoder_config, tmp_path, 0, ckpt_path=tmp_path / "step-5")
 
 
 def test_a_resume_does_not_save_in_the_middle_of_a_step(corpus, decoder_config, tmp_path):
     run(corpus, decoder_config, tmp_path, 0, stop_after=5)
-    before = (tmp_path / "last.ckpt").read_bytes()
+    before = (tmp_path / "latest").read_bytes()
 
     class StopInWindow(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if trainer.fit_loop.epoch_loop.batch_progress.current.ready == 22:  # the second of step 6's four
                 raise KeyboardInterrupt
 
-    run(corpus, decoder_config, tmp_path, 0, stop_after=10, ckpt_path=tmp_path / "last.ckpt", extra=StopInWindow())
-    assert (tmp_path / "last.ckpt").read_bytes() == before
+    run(corpus, decoder_config, tmp_path, 0, stop_after=10, ckpt_path=tmp_path / "step-5", extra=StopInWindow())
+    assert (tmp_path / "latest").read_bytes() == before == b"step-5\n"
+    assert list(checkpoints(tmp_path)) == [5]
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(corpus, decoder_config, tmp_path):

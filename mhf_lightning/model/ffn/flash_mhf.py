@@ -10,11 +10,18 @@ from mhf_lightning.model.config import DecoderConfig
 def flash_mhf_from_config(config: DecoderConfig) -> FlashMHF:
     """Build the layer.
 
-    Options: ``num_heads``, ``num_subnetworks``, ``d_e``, ``num_kuv_heads``, ``query_norm``, ``skip_linear``, ``gains``.
+    Options: ``num_heads``, ``num_subnetworks``, ``d_e``, ``num_kuv_heads``, ``query_norm``, ``skip_linear``,
+    ``recompute_queries``, ``gains``.
     """
     options = config.ffn.take(
         required=("num_heads", "num_subnetworks", "d_e"),
-        optional={"num_kuv_heads": None, "query_norm": True, "skip_linear": False, "gains": None},
+        optional={
+            "num_kuv_heads": None,
+            "query_norm": True,
+            "skip_linear": False,
+            "recompute_queries": False,
+            "gains": None,
+        },
     )
     gains = options.pop("gains")
     return FlashMHF(

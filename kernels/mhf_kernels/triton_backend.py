@@ -1,0 +1,301 @@
+"""The `triton` backend: launches the kernels of `triton_kernels`. May import torch, triton and its siblings.
+
+Runs on NVIDIA GPUs from Ampere on, and, for tests, on the CPU in Triton's interpreter (`TRITON_INTERPRET=1`).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import replace
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from mhf_kernels import triton_kernels, tuning
+
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+name = "triton"
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+D_H = (16, 256)  # smallest and largest; multiples of 16 in between
+GATES = ("fast", "exact")
+INTERPRETED = triton.knobs.runtime.interpret
+DECODE_TOKENS = 64  # up to here the tile of tokens is as small as the tensor cores allow
+
+
+def supports(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> str | None:
+    """Return None where these inputs can run here, else the reason why not."""
+    refusal = None if INTERPRETED else _device_refusal(q.device)
+    if refusal is not None:
+        return refusal
+    if q.dtype not in DTYPES:
+        return f"the triton kernels run bfloat16, float16 and float32, not {q.dtype}"
+    d_h, d_e = k.shape[3], k.shape[2]
+    if not D_H[0] <= d_h <= D_H[1] or d_h % 16:
+        return f"the triton kernels need d_h to be a multiple of 16 from {D_H[0]} to {D_H[1]}; it is {d_h}"
+    if d_e % 16:
+        return f"the triton kernels need d_e to be a multiple of 16; it is {d_e}"
+    return None
+
+
+def _device_refusal(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"the triton kernels run on CUDA devices, not on {device.type}"
+    if torch.version.hip is not None:
+        return "the triton kernels run on NVIDIA GPUs"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"the triton kernels need compute capability 8.0 (Ampere); this GPU has {arch(device)}"
+    return None
+
+
+def forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> Tensor:
+    """Compute step 4 of the layer; shapes and dtypes as in `mhf_kernels.flash_mhf`."""
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if o.numel() == 0:
+        return o
+    q_seq, r_seq = _sequences(q, r)
+    batch, length, heads, _ = q_seq.shape
+    kuv_heads, subnetworks, d_e, _ = k.shape
+    tile = _tile("forward", q)
+    slots = tile.programs_per_sm * _multiprocessors(q.device)
+    programs = batch * heads * triton.cdiv(length, tile.block_m)
+    if programs < slots and length <= DECODE_TOKENS:
+        tile = _tile("decode", q)
+        tile = replace(tile, block_m=min(DECODE_TOKENS, max(tile.block_m, triton.next_power_of_2(length))))
+        slots = tile.programs_per_sm * _multiprocessors(q.device)
+        programs = batch * heads * triton.cdiv(length, tile.block_m)
+    # Too few tiles of tokens to fill the GPU: several programs share one, each with a part of d_ff.
+    tiles = subnetworks * triton.cdiv(d_e, tile.block_n)
+    tiles_per_split = min(tiles, triton.cdiv(tiles * programs, slots))
+    splits = triton.cdiv(tiles, tiles_per_split)
+    out = o if splits == 1 else torch.empty((splits, *o.shape), dtype=torch.float32, device=q.device)
+
+    tiles_m = triton.cdiv(length, tile.block_m)
+    constants = _constants(q, tile, d_e)
+    described = _described((q_seq,), (k, u, v), tile, constants)
+    with _on(q.device):
+        triton_kernels.forward_kernel[(batch * tiles_m * heads, splits)](
+            *described, r_seq, out,
+            *q_seq.stride(), *k.stride(), *u.stride(), *v.stride(), *r_seq.stride(),
+            length, heads, heads // kuv_heads, subnetworks, d_e,
+            tiles_per_split, tiles_m, batch * length,
+            **constants, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+    if splits > 1:
+        _sum_splits(out, o)
+    return o
+
+
+def backward(
+    grad_o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    u: Tensor,
+    v: Tensor,
+    r: Tensor,
+    needs_grad: tuple[bool, bool, bool, bool, bool],
+) -> Grads:
+    """Compute the gradients of `forward` from its inputs alone: one kernel for q and r, one for k, u and v.
+
+    Shapes, dtypes and strides of the gradients as in `dispatch.Backend`.
+    """
+    need_q, need_k, need_u, need_v, need_r = needs_grad
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device) if need_q else None
+    dr = torch.empty_like(r) if need_r else None
+    dk, du, dv = (
+        torch.empty(w.shape, dtype=w.dtype, device=w.device) if needed else None
+        for w, needed in ((k, need_k), (u, need_u), (v, need_v))
+    )
+    if q.numel() == 0:
+        for sums in (dk, du, dv):
+            if sums is not None:
+                sums.zero_()
+        return dq, dk, du, dv, dr
+    grad_seq, q_seq, r_seq, *dr_seq = _sequences(grad_o, q, r, *(() if dr is None else (dr,)))
+    with _on(q.device):
+        if need_q or need_r:
+            _backward_tokens(grad_seq, q_seq, k, u, v, r_seq, dq, dr_seq[0] if dr_seq else None)
+        if need_k or need_u or need_v:
+            _backward_weights(grad_seq, q_seq, k, u, v, r_seq, dk, du, dv)
+    return dq, dk, du, dv, dr
+
+
+def _backward_tokens(
+    grad_o: Tensor, q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor, dq: Tensor | None, dr: Tensor | None
+) -> None:
+    batch, length, heads, _ = q.shape
+    kuv_heads, subnetworks, d_e, _ = k.shape
+    tile = _tile("backward_tokens", q)
+    constants = _constants(q, tile, d_e)
+    tiles_m = triton.cdiv(length, tile.block_m)
+    dr_strides = (0, 0, 0, 0) if dr is None else dr.stride()
+    triton_kernels.backward_tokens_kernel[(batch * tiles_m * heads,)](
+        grad_o, q, *_described((), (k, u, v), tile, constants), r, dq, dr,
+        *grad_o.stride(), *q.stride(), *k.stride(), *u.stride(), *v.stride(), *r.stride(), *dr_strides,
+        length, heads, heads // kuv_heads, subnetworks, d_e, tiles_m,
+        NEED_Q=dq is not None, NEED_R=dr is not None,
+        **constants, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+
+
+def _backward_weights(
+    grad_o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    u: Tensor,
+    v: Tensor,
+    r: Tensor,
+    dk: Tensor | None,
+    du: Tensor | None,
+    dv: Tensor | None,
+) -> None:
+    batch, length, heads, _ = q.shape
+    kuv_heads, subnetworks, d_e, _ = k.shape
+    tile = _tile("backward_weights", q)
+    constants = _constants(q, tile, d_e)
+    tiles_m = triton.cdiv(length, tile.block_m)
+    sequences = batch * (heads // kuv_heads)
+    programs = kuv_heads * subnetworks * constants["TILES_E"]
+    # Too few columns to fill the GPU: cut the tokens as well.
+    splits = max(1, min(tile.programs_per_sm * _multiprocessors(q.device) // programs, sequences * tiles_m))
+    tiles_per_split = triton.cdiv(sequences * tiles_m, splits)
+    splits = triton.cdiv(sequences * tiles_m, tiles_per_split)
+    outs = [
+        x if x is None or splits == 1 else torch.empty((splits, *x.shape), dtype=torch.float32, device=x.device)
+        for x in (dk, du, dv)
+    ]
+    triton_kernels.backward_weights_kernel[(programs, splits)](
+        grad_o, q, *_described((), (k, u, v), tile, constants), r, *outs,
+        *grad_o.stride(), *q.stride(), *k.stride(), *u.stride(), *v.stride(), *r.stride(),
+        batch, length, heads // kuv_heads, subnetworks, d_e,
+        tiles_m, sequences, tiles_per_split, kuv_heads * subnetworks * d_e,
+        NEED_K=dk is not None, NEED_U=du is not None, NEED_V=dv is not None, TRANSPOSED=tile.transposed,
+        **constants, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    if splits > 1:
+        for partials, total in zip(outs, (dk, du, dv), strict=True):
+            if partials is not None and total is not None:
+                _sum_splits(partials, total)
+
+
+def _sum_splits(partials: Tensor, out: Tensor) -> None:
+    splits = partials.shape[0]
+    rows = triton.next_power_of_2(splits)
+    block = max(32, 4096 // rows)
+    grid = (triton.cdiv(out.numel(), block),)
+    with _on(out.device):
+        triton_kernels.sum_splits_kernel[grid](partials, out, out.numel(), splits, SPLITS=rows, BLOCK=block)
+
+
+def _sequences(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """View `[B, L, ...]` as one sequence `[1, B * L, ...]` where the strides of all tensors allow it."""
+    if all(x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1) or x.shape[1] == 1 for x in tensors):
+        return tuple(
+            x.as_strided(
+                (1, x.shape[0] * x.shape[1], *x.shape[2:]),
+                (0, x.stride(0) if x.shape[1] == 1 else x.stride(1), *x.stride()[2:]),
+            )
+            for x in tensors
+        )
+    return tensors
+
+
+def _described(
+    tokens: tuple[Tensor, ...], weights: tuple[Tensor, ...], tile: tuning.Tile, constants: dict[str, Any]
+) -> list[Any]:
+    """Turn tensors into TMA descriptors where all of them can be, and say so in `constants`."""
+    tensors = (*tokens, *weights)
+    constants["DESCRIPTORS"] = all(_can_describe(x) for x in tensors)
+    if not constants["DESCRIPTORS"]:
+        return list(tensors)
+    block_d = constants["BLOCK_D"]
+    token_block, weight_block = [1, tile.block_m, 1, block_d], [1, 1, tile.block_n, block_d]
+    blocks = [token_block] * len(tokens) + [weight_block] * len(weights)
+    return [
+        TensorDescriptor(x, list(x.shape), _described_strides(x), block)
+        for x, block in zip(tensors, blocks, strict=True)
+    ]
+
+
+def _described_strides(x: Tensor) -> list[int]:
+    """Return the strides, with those of dimensions of size 1, which nobody follows, made acceptable to TMA."""
+    unit = 16 // x.element_size()
+    strides = [unit if size == 1 else stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
+    return [*strides, 1]
+
+
+def _can_describe(x: Tensor) -> bool:
+    """Say whether TMA can read `x`: 16-byte aligned, last dimension dense, other strides multiples of 16 bytes."""
+    unit = 16 // x.element_size()
+    strides = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
+    return (
+        x.stride(-1) == 1
+        and x.data_ptr() % 16 == 0
+        and all(stride > 0 and stride % unit == 0 and stride * x.element_size() < 2**40 for stride in strides)
+    )
+
+
+def _constants(q: Tensor, tile: tuning.Tile, d_e: int) -> dict[str, Any]:
+    d_h = q.shape[-1]
+    tf32 = q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" and not INTERPRETED
+    return {
+        "D": d_h,
+        "TILES_E": triton.cdiv(d_e, tile.block_n),
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_D": triton.next_power_of_2(d_h),
+        "GATE": _gate(q.dtype, tf32),
+        "INTERPRETED": INTERPRETED,  # the interpreter multiplies the bits of bfloat16 tiles
+        "PRECISION": "tf32" if tf32 else "ieee",
+    }
+
+
+def _gate(dtype: torch.dtype, tf32: bool) -> str:
+    if INTERPRETED:  # has neither inline assembly nor libm
+        return "exp"
+    if dtype == torch.float32:
+        return "exp" if tf32 else "libm"
+    return "exp" if gate() == "exact" else "tanh"
+
+
+def gate() -> str:
+    """Return how 16-bit inputs compute SiLU, from the environment variable `MHF_GATE`: `fast` (default) or `exact`.
+
+    Raises:
+        ValueError: it has another value.
+    """
+    chosen = os.environ.get("MHF_GATE") or "fast"
+    if chosen not in GATES:
+        raise ValueError(f"MHF_GATE={chosen} is unknown; allowed: {', '.join(GATES)}")
+    return chosen
+
+
+def _tile(kernel: str, q: Tensor) -> tuning.Tile:
+    dtype = "float32" if q.dtype == torch.float32 else "half"
+    return tuning.lookup(kernel, arch(q.device), triton.next_power_of_2(q.shape[-1]), dtype)[0]
+
+
+@functools.cache
+def arch(device: torch.device) -> str:
+    """Return the architecture as the tuning table names it: `sm_90`, or `interpreter` without a GPU."""
+    if device.type != "cuda":
+        return "interpreter"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _on(device: torch.device) -> Any:
+    """Launch on the device of the tensors, whichever is current."""
+    return torch.cuda.device(device if device.type == "cuda" else -1)

@@ -1,0 +1,23 @@
+"""`mhf bench COMMAND`; each command has a module of its own. Torch is imported only by the command that runs."""
+
+from __future__ import annotations
+
+import sys
+
+HELP = """usage: mhf bench layer [options]
+
+  mhf bench layer      time and memory of the feed-forward layer, all kinds side by side; table, CSV, plot
+
+  mhf bench layer --help     all options
+"""
+
+
+def main(args: list[str]) -> int:
+    """Run the command; returns the exit code."""
+    if args[:1] == ["layer"]:
+        from mhf_lightning.bench.layer import main as layer
+
+        return layer(args[1:])
+    asked = not args or args[0] in ("-h", "--help")
+    print(HELP if asked else f"error: unknown command {args[0]}\n{HELP}", end="", file=None if asked else sys.stderr)
+    return 0 if asked else 2

@@ -1,0 +1,144 @@
+"""The files of a checkpoint: safetensors and JSON, on disk for good and hashed when a function here returns.
+
+Imports torch and safetensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class CheckpointError(ValueError):
+    """Something is wrong with a checkpoint; the message names the file and says what to do."""
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file of a checkpoint, by its name in the folder."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileEntry:
+    """Write a new file, hash what is written, and return when it is on the disk.
+
+    Raises:
+        CheckpointError: The system refused; the message names the file.
+    """
+    digest, size = hashlib.sha256(), 0
+    try:
+        with path.open("xb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+                digest.update(chunk)
+                size += len(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise CheckpointError(f"{path} could not be written: {error.strerror}") from error
+    return FileEntry(path.name, size, digest.hexdigest())
+
+
+def write_json(path: Path, value: Any) -> FileEntry:
+    """Write a value as JSON."""
+    return write_file(path, [json.dumps(value, indent=1).encode()])
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
+    """Write tensors in the safetensors format, one at a time; they may lie on any device."""
+    return write_file(path, _safetensors(tensors))
+
+
+def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for tensor in tensors.values():
+        yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        CheckpointError: It is missing or no JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: it is no JSON") from error
+
+
+class TensorFile:
+    """A safetensors file open for reading; it is mapped, so a slice costs no more than its own bytes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = safe_open(str(path), framework="pt")
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path} is missing") from error
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from error
+
+    def names(self) -> list[str]:
+        """The tensors in the file."""
+        return list(self._file.keys())
+
+    def read(self, name: str, region: tuple[slice, ...] | None = None) -> Tensor:
+        """Return a tensor, or a region of it."""
+        try:
+            return self._file.get_slice(name)[region] if region else self._file.get_tensor(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.path} is damaged: {error}") from error
+
+
+def fsync_folder(path: Path) -> None:
+    """Make the entries of a folder durable: without it a new name can be lost with the power."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,185 @@
+"""Commit, verification, pruning and the choice of the newest valid checkpoint, on real folders."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mhf_lightning.checkpoint.files import CheckpointError, write_file, write_json, write_tensors
+from mhf_lightning.checkpoint.folder import (
+    Manifest,
+    abandon,
+    begin,
+    checkpoints,
+    commit,
+    find_newest_valid,
+    newest,
+    point_latest,
+    prepare_run,
+    prune,
+    verify,
+)
+
+
+def save(folder, step):
+    path = folder / f"step-{step}"
+    inside = begin(path)
+    files = [
+        write_tensors(inside / "shard-00000.safetensors", {"model/w": torch.full((50,), float(step))}),
+        write_json(inside / "trainer.json", {"global_step": step}),
+    ]
+    commit(path, Manifest(step, "sharded", files, {"ranks": 1}))
+    point_latest(path)
+    return path
+
+
+def flip(path, position=None):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 if position is None else position] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_committed_checkpoint_verifies_and_is_named_by_latest(tmp_path):
+    path = save(tmp_path, 7)
+    manifest = verify(path)
+    assert (manifest.step, manifest.kind, manifest.about) == (7, "sharded", {"ranks": 1})
+    assert {entry.name for entry in manifest.files} == {"shard-00000.safetensors", "trainer.json"}
+    assert (tmp_path / "latest").read_text() == "step-7\n"
+    assert newest(tmp_path) == path
+    assert load_file(path / "shard-00000.safetensors")["model/w"].tolist() == [7.0] * 50
+
+
+def test_every_dtype_is_written_as_safetensors_reads_it(tmp_path):
+    torch.manual_seed(0)
+    dtypes = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16]
+    tensors = {
+        str(dtype): (torch.randn(3, 5) * 9).to(dtype) for dtype in [*dtypes, torch.int8, torch.uint8, torch.bool]
+    }
+    tensors |= {"scalar": torch.tensor(3.0), "empty": torch.zeros(0, 4), "transposed": torch.randn(4, 6).t()}
+    tensors["fp8"] = torch.randn(8).to(torch.float8_e4m3fn)
+    write_tensors(tmp_path / "x.safetensors", tensors)
+    read = load_file(tmp_path / "x.safetensors")
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype
+        assert read[name].shape == tensor.shape
+        assert read[name].contiguous().view(-1).view(torch.uint8).equal(tensor.contiguous().view(-1).view(torch.uint8))
+
+
+@pytest.mark.parametrize("name", ["shard-00000.safetensors", "trainer.json", "manifest.json"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped first bit", "flipped bit", "flipped last bit"])
+def test_damage_is_named_and_the_previous_one_used(tmp_path, name, damage):
+    save(tmp_path, 5)
+    path = save(tmp_path, 10) / name
+    verify(path.parent)  # remembered hashes must not hide what happens now
+    if damage == "missing":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        flip(path, {"flipped first bit": 0, "flipped bit": None, "flipped last bit": -1}[damage])
+    with pytest.raises(CheckpointError, match=rf"step-10/{name}"):
+        newest(tmp_path)
+    found, messages = find_newest_valid(tmp_path)
+    assert found == tmp_path / "step-5"
+    assert len(messages) == 1
+    assert f"step-10/{name}" in messages[0]
+
+
+def test_none_valid_is_refused_and_none_at_all_is_not(tmp_path):
+    assert find_newest_valid(tmp_path / "nowhere") == (None, [])
+    begin(tmp_path / "step-5")  # killed in its first save
+    assert find_newest_valid(tmp_path) == (None, [])
+    flip(save(tmp_path, 5) / "trainer.json")
+    with pytest.raises(CheckpointError, match=r"no checkpoint can be used.*step-5/trainer.json"):
+        find_newest_valid(tmp_path)
+
+
+@pytest.mark.parametrize("trace", ["latest", "last.ckpt", "step-5.set-aside"])
+def test_traces_of_lost_checkpoints_are_refused_too(tmp_path, trace):
+    (tmp_path / trace).write_text("step-5\n")
+    with pytest.raises(CheckpointError, match=f"no checkpoint can be used.*{trace}"):
+        find_newest_valid(tmp_path)
+
+
+def test_a_renamed_checkpoint_is_refused(tmp_path):
+    save(tmp_path, 5).rename(tmp_path / "step-50")
+    with pytest.raises(CheckpointError, match="step-50 holds step 5"):
+        verify(tmp_path / "step-50")
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", ""])
+def test_a_manifest_cannot_reach_out_of_its_folder(tmp_path, name):
+    (tmp_path / "secret").write_text("x")
+    path = tmp_path / "step-1"
+    path.mkdir()
+    entry = write_file(path / "x", [b"x"])
+    Manifest(1, "sharded", [type(entry)(name, entry.bytes, entry.sha256)]).save(path)
+    with pytest.raises(CheckpointError, match="not in the folder"):
+        verify(path)
+
+
+def test_nothing_is_overwritten(tmp_path):
+    save(tmp_path, 5)
+    with pytest.raises(CheckpointError, match="step-5 exists already"):
+        begin(tmp_path / "step-5")
+
+
+def test_a_file_cut_between_write_and_commit_is_not_committed(tmp_path):
+    folder = begin(tmp_path / "step-5")
+    entry = write_file(folder / "x", [b"12345"])
+    (folder / "x").write_bytes(b"123")
+    with pytest.raises(CheckpointError, match=r"step-5.tmp/x: 3 bytes are there, 5 were written"):
+        commit(tmp_path / "step-5", Manifest(5, "sharded", [entry]))
+    abandon(tmp_path / "step-5")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pruning_keeps_the_last_and_every_nth(tmp_path):
+    for step in range(1, 11):
+        save(tmp_path, step)
+        prune(tmp_path, keep_last=2, keep_every=4)
+    assert list(checkpoints(tmp_path)) == [10, 9, 8, 4]
+    assert all(verify(path) for path in checkpoints(tmp_path).values())
+
+
+def test_a_run_that_goes_back_sets_later_checkpoints_aside(tmp_path):
+    for step in (5, 10, 15):
+        save(tmp_path, step)
+    begin(tmp_path / "step-20")
+    assert [path.name for path in prepare_run(tmp_path, 10)] == ["step-15.set-aside"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-10", "step-15.set-aside", "step-5"]
+    assert (tmp_path / "latest").read_text() == "step-10\n"
+    save(tmp_path, 15)
+    assert [path.name for path in prepare_run(tmp_path, 10)] == ["step-15.set-aside-2"]
+
+
+WRITER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from test_folder import save
+print("ready", flush=True)
+for step in range(1, 10000):
+    save(Path(sys.argv[1]), step)
+"""
+
+
+def test_a_writer_killed_anywhere_leaves_whole_checkpoints(tmp_path):
+    """One SIGKILL of a process that does nothing but save; the repeated, distributed one is in tests/faults."""
+    command = [sys.executable, "-c", WRITER, str(tmp_path), os.path.dirname(__file__)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        while len(checkpoints(tmp_path)) < 5:
+            pass
+        process.kill()
+    found, messages = find_newest_valid(tmp_path)
+    assert messages == []
+    named = int((tmp_path / "latest").read_text().removeprefix("step-"))
+    assert named in (verify(found).step, verify(found).step - 1)
+    for step, path in checkpoints(tmp_path).items():
+        assert json.loads((path / "trainer.json").read_text())["global_step"] == step
+        assert (load_file(path / "shard-00000.safetensors")["model/w"] == step).all()

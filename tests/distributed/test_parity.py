@@ -1,0 +1,230 @@
+"""Every strategy gives the loss and the gradient norm of a single process, step by step, and the same decisions.
+
+Ranks hold very unequal numbers of targets, three micro-batches make a step, and every step is clipped (``worker.py``).
+"""
+
+import importlib.util
+import math
+
+import pytest
+from training_processes import Results, run_cases
+
+pytestmark = pytest.mark.slow
+STEPS = 20
+SHORT = 3
+
+deepspeed_missing = importlib.util.find_spec("deepspeed") is None
+needs_deepspeed = pytest.mark.skipif(deepspeed_missing, reason="needs the extra 'deepspeed'")
+
+# name: number of processes, and the case for worker.py. Each group of processes runs all cases of its size.
+LONG = {
+    "ddp": (2, {"strategy": "ddp"}),
+    "fsdp2": (2, {"strategy": "fsdp2"}),
+    "tp": (2, {"strategy": "tp"}),
+    "zero2": (2, {"strategy": "zero2"}),
+    "zero3": (2, {"strategy": "zero3"}),
+    "fsdp2_tp": (4, {"strategy": "fsdp2_tp"}),
+    "fsdp2 on 4": (4, {"strategy": "fsdp2"}),
+    "compiled fsdp2": (2, {"strategy": "fsdp2", "module": {"compile_blocks": True}}),
+    "compiled tp": (
+        2,
+        {"strategy": "tp", "module": {"compile_blocks": True, "activation_checkpointing": "selective"}},
+    ),
+}
+# A few steps each, against a single process with the same model.
+VARIANTS = {
+    **{
+        f"fsdp2 {ffn}": {"strategy": "fsdp2", "ffn": ffn}
+        for ffn in ("swiglu", "mh_ffn", "pkv", "gated_swiglu", "dense_moe")
+    },
+    **{
+        f"tp {ffn}": {"strategy": "tp", "ffn": ffn}
+        for ffn in ("swiglu", "mh_ffn", "pkv", "gated_swiglu", "dense_moe", "flash_mhf_grouped")
+    },
+    "tp grouped queries": {"strategy": "tp", "num_kv_heads": 2},
+    "tp untied": {"strategy": "tp", "tie_embeddings": False},
+    "zero3 untied": {"strategy": "zero3", "tie_embeddings": False},
+    "fsdp2 full checkpointing": {"strategy": "fsdp2", "module": {"activation_checkpointing": "full"}},
+    "zero3 selective checkpointing": {"strategy": "zero3", "module": {"activation_checkpointing": "selective"}},
+    "fsdp2, seeds differ": {"strategy": "fsdp2", "seed_differs": True},
+    "tp, seeds differ": {"strategy": "tp", "seed_differs": True},
+}
+# Reductions of another order and, in bfloat16, of other roundings: looser.
+BF16 = {
+    f"{strategy} {precision}": {"strategy": strategy, "precision": precision}
+    for strategy, precision in (
+        ("fsdp2", "bf16-mixed"),
+        ("fsdp2", "bf16-true"),
+        ("tp", "bf16-mixed"),
+        ("zero2", "bf16-mixed"),
+        ("zero3", "bf16-mixed"),
+    )
+}
+REFUSED = {
+    "tp over one K/V head": ({"strategy": "tp", "num_kv_heads": 1}, "it must divide num_kv_heads 1"),
+    "compiled zero3": ({"strategy": "zero3", "module": {"compile_blocks": True}}, "turn it off"),
+    "compiled tp full": (
+        {"strategy": "tp", "module": {"compile_blocks": True, "activation_checkpointing": "full"}},
+        "use selective or none",
+    ),
+    "sizes": ({"strategy": "wrong_sizes"}, "must be the number of processes, which is 2"),
+}
+
+
+def marks(name: str) -> list:
+    return [needs_deepspeed] if "zero" in name else []
+
+
+def parameters(cases) -> list:
+    return [pytest.param(name, marks=marks(name)) for name in cases]
+
+
+def available(cases: dict) -> dict:
+    return {name: case for name, case in cases.items() if not (deepspeed_missing and "zero" in name)}
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory) -> dict:
+    """What one process computes, by the name of the case."""
+    short = {**VARIANTS, **BF16}
+    cases = {name: {**case, "strategy": "single", "steps": SHORT} for name, case in short.items()}
+    for case in cases.values():
+        case.pop("module", None)
+        case.pop("precision", None)
+    cases["long"] = {"strategy": "single", "steps": STEPS}
+    return run_cases(cases, 1, tmp_path_factory.mktemp("single"))[0]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Results:
+    cases = {name: {**case, "steps": STEPS} for name, (world, case) in LONG.items() if world == 2}
+    cases |= {name: {**case, "steps": SHORT} for name, case in {**VARIANTS, **BF16}.items()}
+    cases |= {name: {**case, "steps": SHORT} for name, (case, _) in REFUSED.items()}
+    cases |= {f"{name} dropout": {"strategy": name, "steps": SHORT, "dropout": 0.2} for name in ("tp", "fsdp2")}
+    return run_cases(available(cases), 2, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory) -> Results:
+    cases = {name: {**case, "steps": STEPS} for name, (world, case) in LONG.items() if world == 4}
+    return run_cases(cases, 4, tmp_path_factory.mktemp("four"))
+
+
+def check(ranks: Results, name: str, expected: dict, tolerance: float) -> None:
+    assert "error" not in expected, expected["traceback"]
+    for rank in ranks:
+        result = rank[name]
+        assert "error" not in result, result["traceback"]
+        assert result["loss"] == pytest.approx(expected["loss"], rel=tolerance)
+        assert result["grad_norm"] == pytest.approx(expected["grad_norm"], rel=tolerance)
+        assert result["tokens_seen"] == expected["tokens_seen"]
+        # Weights that tensor parallelism does not split must stay the same on every rank, bit for bit.
+        assert result["whole_weights"] == ranks[0][name]["whole_weights"]
+
+
+@pytest.mark.parametrize("name", parameters(LONG))
+def test_twenty_steps_are_those_of_one_process(name, single, two, four):
+    world = LONG[name][0]
+    assert len(single["long"]["loss"]) == STEPS
+    assert min(single["long"]["grad_norm"]) > 0.5  # each step is clipped
+    check({2: two, 4: four}[world], name, single["long"], 1e-5)
+
+
+@pytest.mark.parametrize("name", parameters(VARIANTS))
+def test_variants_agree(name, single, two):
+    check(two, name, single[name], 1e-5)
+
+
+@pytest.mark.parametrize("name", parameters(BF16))
+def test_bfloat16_is_close_to_float32(name, single, two):
+    check(two, name, single[name], 5e-3)
+
+
+@pytest.mark.parametrize("name", parameters(REFUSED))
+def test_what_does_not_work_is_refused_at_the_start(name, two):
+    for rank in two:
+        assert rank[name]["error"].startswith("ValueError")
+        assert REFUSED[name][1] in rank[name]["error"]
+
+
+def test_a_split_replica_drops_the_same_elements(two):
+    """Lightning seeds anew under these strategies, so that a single process draws other numbers."""
+    for key in ("loss", "grad_norm", "whole_weights"):
+        assert two[0]["tp dropout"][key] == two[1]["tp dropout"][key]
+    assert two[0]["tp dropout"]["loss"] != pytest.approx(two[0]["fsdp2 dropout"]["loss"], rel=1e-5)
+
+
+def test_gradients_are_reduced_once_a_step(two):
+    """FSDP2 reduce-scatters each of its three groups in the third micro-batch only; DDP's ranks differ until then."""
+    for rank in two:
+        assert rank["fsdp2"]["reduce_scatters"] == [0, 0, 3] * STEPS
+    differ = [a != b for a, b in zip(two[0]["ddp"]["gradients"], two[1]["ddp"]["gradients"], strict=True)]
+    assert differ == [True, True, False] * STEPS
+
+
+# Which steps are poisoned on the last rank only, with what, and how many skipped steps are allowed in a row.
+POISON = {"steps": [0, 2, 3], "rank": 1}
+POISONED = {
+    f"{strategy} {what}": {"strategy": strategy, "steps": 6, "poison": {**POISON, "what": what}}
+    for strategy in ("ddp", "fsdp2", "tp", "zero2", "zero3")
+    for what in ("loss", "gradient")
+}
+STOPPED = {
+    f"{strategy} stops": {
+        "strategy": strategy,
+        "steps": 6,
+        "poison": {**POISON, "what": "loss"},
+        "module": {"max_skipped_steps": 1},
+    }
+    for strategy in ("ddp", "fsdp2", "zero2", "zero3")
+}
+ABORTED = {
+    "ddp aborts": {
+        "strategy": "ddp",
+        "steps": 3,
+        "poison": {**POISON, "what": "gradient"},
+        "module": {"max_skipped_steps": 0},
+    }
+}
+
+
+# Ranks of one split replica reduce neither loss nor gradients between them: only the explicit agreement helps.
+ONE_SIDED = {"tp reported loss": {"strategy": "tp", "steps": 6, "poison": {**POISON, "what": "reported loss"}}}
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory) -> Results:
+    return run_cases(available({**POISONED, **ONE_SIDED, **STOPPED, **ABORTED}), 2, tmp_path_factory.mktemp("poisoned"))
+
+
+@pytest.mark.parametrize("name", parameters(POISONED))
+def test_a_step_that_is_not_finite_on_one_rank_leaves_no_trace_on_any(name, poisoned):
+    for rank in poisoned:
+        result = rank[name]
+        assert "error" not in result, result["traceback"]
+        assert result["skipped_steps"] == 3
+        # Weights and optimiser before each step against those before the next: bitwise the same where it was left out.
+        assert result["changed"] == [False, True, False, False, True]
+        assert [not math.isfinite(x) for x in result["grad_norm"]] == [True, False, True, True, False, False]
+        healthy = poisoned[0]["ddp loss"]["grad_norm"]
+        assert [result["grad_norm"][i] for i in (1, 4, 5)] == pytest.approx([healthy[i] for i in (1, 4, 5)], rel=1e-5)
+
+
+def test_ranks_of_a_split_replica_agree(poisoned):
+    for rank in poisoned:
+        assert rank["tp reported loss"]["skipped_steps"] == 3
+        assert rank["tp reported loss"]["changed"] == [False, True, False, False, True]
+
+
+@pytest.mark.parametrize("name", parameters(STOPPED))
+def test_too_many_in_a_row_stop_every_rank_with_the_samples(name, poisoned):
+    for rank in poisoned:
+        assert rank[name]["error"].startswith("NonFiniteError: step 3: ")
+        # Rank 1 reads the last two of every four samples; step 3 is micro-batches 9, 10 and 11.
+        assert "not finite: 38, 39, 42, 43, 46, 47." in rank[name]["error"]
+
+
+def test_zero_aborts_at_once(poisoned):
+    for rank in poisoned:
+        assert rank["ddp aborts"]["error"].startswith("NonFiniteError: step 0: ")
+        assert "of the step: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11." in rank["ddp aborts"]["error"]
