@@ -25,6 +25,7 @@ usage: mhf COMMAND [options]
 
   mhf COMMAND --help               all options of a command
   mhf fit --print_config           all options with the values they would have
+  mhf fit --allow-import PREFIX    let configs name classes of this package too (class_path, callables)
   mhf --print_completion=shtab-bash   completion script (also shtab-zsh, shtab-fish); source its output
   mhf --version
 

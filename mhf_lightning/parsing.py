@@ -1,10 +1,14 @@
-"""The command lines' parser: no abbreviated options, and unknown ones answered with the nearest that exists."""
+"""The command lines' parser: no abbreviated options, unknown ones answered with the nearest, imports only of ours."""
 
+import argparse
 import difflib
 import re
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+# What a value of a config (``class_path``, a callable) may name. Checked before anything is imported.
+IMPORTABLE = ("mhf_lightning", "lightning.pytorch", "torch.optim")
 
 
 class SuggestingParser(ArgumentParser):
@@ -19,6 +23,11 @@ class SuggestingParser(ArgumentParser):
         if unknown:
             near = difflib.get_close_matches(unknown[1] or unknown[2], self._known_options(), n=1)
             message += f"; did you mean '{near[0]}'?" if near else ""
+        if denied := re.search(r"Importing '([^']+)' is not allowed", message):
+            message = (
+                f"a config names {denied[1]}, which is under none of the packages that configs may import from "
+                f"({', '.join(IMPORTABLE)}). If you trust it, add --allow-import {denied[1].rpartition('.')[0]}"
+            )
         super().error(message, ex)
 
     def _known_options(self) -> list[str]:
@@ -28,3 +37,18 @@ class SuggestingParser(ArgumentParser):
                 if isinstance(action.choices, dict):
                     parsers += [p for p in action.choices.values() if isinstance(p, ArgumentParser)]
         return [option[2:] for parser in parsers for option in parser._option_string_actions if option.startswith("--")]
+
+
+def take_allowed_imports(args: list[str]) -> list[str]:
+    """Let configs import from ``IMPORTABLE`` and from what ``--allow-import`` names; return the other arguments.
+
+    The option is taken from the command line alone: a config cannot allow anything to itself.
+
+    Raises:
+        ValueError: The option's value is no dotted name.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--allow-import", action="append", default=[], metavar="PREFIX")
+    allowed, others = parser.parse_known_args(args)
+    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*IMPORTABLE, *allowed.allow_import])
+    return others

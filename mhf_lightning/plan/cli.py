@@ -19,6 +19,7 @@ from mhf_lightning.data.datamodule import TokenDataModule
 from mhf_lightning.data.errors import DataError
 from mhf_lightning.data.manifest import Manifest
 from mhf_lightning.model import count_parameters
+from mhf_lightning.parsing import take_allowed_imports
 from mhf_lightning.plan.flops import days, flops_per_token
 from mhf_lightning.plan.gpus import GPU, find_gpu
 from mhf_lightning.plan.memory import PRECISIONS, Step, StrategyName, trace
@@ -235,7 +236,7 @@ def parse(args: list[str]) -> PlanCLI:
     return PlanCLI(
         PretrainModule,
         TokenDataModule,
-        args=args,
+        args=take_allowed_imports(args),
         run=False,
         seed_everything_default=1234,
         save_config_callback=None,

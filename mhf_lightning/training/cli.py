@@ -37,7 +37,7 @@ from mhf_lightning.checkpoint.folder import Manifest, find_newest_valid, newest
 from mhf_lightning.checkpoint.strategy import MHFSingleDevice
 from mhf_lightning.data.cli import add_data_commands
 from mhf_lightning.data.datamodule import TokenDataModule
-from mhf_lightning.parsing import SuggestingParser
+from mhf_lightning.parsing import SuggestingParser, take_allowed_imports
 from mhf_lightning.signals import restore_stop_signals
 from mhf_lightning.training.module import PretrainModule
 
@@ -248,6 +248,7 @@ def _quieten() -> None:
         r".*does not have many workers which may be a bottleneck",  # blocks are memory-mapped
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # inside Lightning
         r"Checkpoint directory .* exists and is not empty",  # a resumed run
+        r"LightningCLI's args parameter is intended",  # those of the command line without --allow-import
         r"The `srun` command is available on your system but is not used",  # a short run on a login node
     ):
         warnings.filterwarnings("ignore", message)
@@ -266,7 +267,7 @@ def run(args: list[str]) -> None:
         MHFCLI(
             PretrainModule,
             TokenDataModule,
-            args=None if args == sys.argv[1:] else args,  # Lightning warns of arguments that it reads twice
+            args=take_allowed_imports(args),
             seed_everything_default=1234,
             save_config_callback=None,
             trainer_defaults=TRAINER_DEFAULTS,
