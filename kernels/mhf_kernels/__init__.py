@@ -6,6 +6,7 @@ from mhf_kernels.functional import flash_mhf, router_weights
 from mhf_kernels.initialization import InitGains
 from mhf_kernels.layer import FlashMHF, HeadRMSNorm
 from mhf_kernels.reference import flash_mhf_reference
+from mhf_kernels.replace import replace_ffn
 
 sharding.register()  # the ops exist by now
 
@@ -16,5 +17,6 @@ __all__ = [
     "InitGains",
     "flash_mhf",
     "flash_mhf_reference",
+    "replace_ffn",
     "router_weights",
 ]

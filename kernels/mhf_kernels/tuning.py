@@ -70,8 +70,9 @@ def lookup(kernel: str, arch: str, block_d: int, dtype: str) -> tuple[Tile, str]
 def default(kernel: str, block_d: int, dtype: str) -> Tile:
     """Return a tile that fits into the registers and shared memory (99 KiB) of every GPU from Ampere on."""
     if dtype == "float32":
-        n = 32 if block_d <= 128 else 16
-        return Tile(16 if kernel == "decode" else 32, n, num_warps=4, num_stages=1)
+        wide = block_d > 128
+        narrow_m = kernel == "decode" or (wide and kernel.startswith("backward"))
+        return Tile(16 if narrow_m else 32, 16 if wide else 32, num_warps=4, num_stages=1)
     if kernel == "decode":
         return Tile(16, 32 if block_d <= 128 else 16, num_warps=4, num_stages=3 if block_d <= 128 else 2)
     if kernel == "backward_weights":

@@ -1,0 +1,111 @@
+"""FlashMHF in models that exist: matched parameters, training, saving, and the examples of kernels/examples."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mhf_kernels import FlashMHF, replace_ffn
+from torch import nn
+
+transformers = pytest.importorskip("transformers")
+EXAMPLES = Path(__file__).parents[2] / "kernels/examples"
+
+
+def model(name: str = "Llama", **sizes) -> nn.Module:
+    small = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2}
+    small |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    return getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**(small | sizes)))
+
+
+def count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("name", ["Llama", "Qwen2", "Qwen3", "Mistral"])
+def test_every_layer_is_replaced_and_learns(name):
+    net = model(name)
+    replace_ffn(net, d_h=16, d_e=32)
+    layers = [layer.mlp for layer in net.model.layers]
+    assert all(isinstance(layer, FlashMHF) for layer in layers)
+    tokens = torch.randint(96, (2, 16))
+    net(tokens, labels=tokens).loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for layer in layers for p in layer.parameters())
+
+
+@pytest.mark.parametrize("options", [{}, {"query_norm": False}, {"skip_linear": True}, {"num_kuv_heads": 2}])
+def test_no_other_number_of_subnetworks_is_nearer(options):
+    net = model(intermediate_size=300)
+    before = count(net.model.layers[0].mlp)
+    replace_ffn(net, d_h=16, d_e=32, **options)
+    chosen = net.config.flash_mhf["num_subnetworks"]
+    apart = {e: abs(count(FlashMHF(64, 4, e, 32, **options)) - before) for e in range(1, chosen + 4)}
+    assert min(apart, key=apart.get) == chosen
+    assert count(net.model.layers[1].mlp) == count(FlashMHF(64, 4, chosen, 32, **options))
+
+
+def test_a_real_size_is_matched_within_two_percent():
+    with torch.device("meta"):
+        net = model(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_hidden_layers=1)
+        before = count(net.model.layers[0].mlp)
+        replace_ffn(net, d_h=128, d_e=256)
+    assert abs(count(net.model.layers[0].mlp) / before - 1) < 0.02
+
+
+def test_dtype_device_and_mode_stay():
+    net = model().to(torch.bfloat16).eval()
+    replace_ffn(net, d_h=16, d_e=32)
+    assert {p.dtype for p in net.parameters()} == {torch.bfloat16}
+    assert not net.model.layers[0].mlp.training
+
+
+def test_generation_with_a_cache_agrees_with_the_whole_sequence():
+    net = model().eval()
+    replace_ffn(net, d_h=16, d_e=32)
+    prompt = torch.randint(96, (2, 8))
+    out = net.generate(prompt, max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    with torch.no_grad():
+        whole = net(out.sequences).logits[:, 7:-1]
+    torch.testing.assert_close(torch.stack(out.logits, 1), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_what_cannot_be_replaced_is_named():
+    with pytest.raises(ValueError, match="Linear has no feed-forward layer with gate_proj"):
+        replace_ffn(nn.Linear(4, 4), d_h=2, d_e=16)
+    with pytest.raises(ValueError, match="d_h must divide the model's width, 64; got 48"):
+        replace_ffn(model(), d_h=48, d_e=32)
+
+
+def run_example(*command: str) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def losses(printed: str) -> list[float]:
+    return [float(loss) for loss in re.findall(r"loss'?:? '?([\d.]+)", printed)]
+
+
+def test_the_example_in_plain_pytorch_learns():
+    first, *_, last = losses(run_example(str(EXAMPLES / "plain_pytorch.py")))
+    assert last < first / 2
+
+
+@pytest.mark.slow
+def test_the_example_with_fsdp2_learns():
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    first, *_, last = losses(run_example(*torchrun, str(EXAMPLES / "fsdp2.py")))
+    assert last < 0.8 * first
+
+
+@pytest.mark.slow
+def test_the_example_with_a_hugging_face_trainer_learns_and_is_loaded_again(tmp_path):
+    pytest.importorskip("accelerate")
+    printed = run_example(str(EXAMPLES / "hf_trainer.py"), str(tmp_path / "out"))
+    first, *_ = losses(printed)
+    assert losses(printed)[2] < first
+    assert "largest difference of the logits after loading: 0.0e+00" in printed
