@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 KERNELS = Path(__file__).parents[2] / "kernels"
 
 
@@ -43,8 +45,19 @@ def test_no_package_named_kernels_is_installed():
     assert spec is None or spec.origin is None
 
 
+def examples_of_the_readme() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (KERNELS / "README.md").read_text(), flags=re.S)
+
+
+def test_the_example_with_a_model_that_exists_runs():
+    pytest.importorskip("transformers")
+    scope: dict = {}
+    exec(examples_of_the_readme()[1], scope)
+    assert type(scope["model"].model.layers[0].mlp).__name__ == "FlashMHF"
+
+
 def test_the_example_of_the_readme_runs():
-    (example,) = re.findall(r"```python\n(.*?)```", (KERNELS / "README.md").read_text(), flags=re.S)
+    example, _ = examples_of_the_readme()
     assert len(example.strip().splitlines()) <= 12
     result = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
