@@ -78,7 +78,7 @@ def layer_tables(rows: Iterable[Row]) -> str:
         parts.append(
             f"batch {first['batch']}, L {first['L']}, d_model {first['d_model']}, d_h {first['d_h']}, "
             f"d_ff {d_ff}; GEMM {first['gemm_tflops']:.4g} TFLOP/s\n\n"
-            + _markdown(headings, [_with_status(row) for row in point])
+            + markdown(headings, [_with_status(row) for row in point])
         )
     return "\n\n".join(parts)
 
@@ -97,14 +97,15 @@ def decode_table(rows: Iterable[Row]) -> str:
         "copy_gb_per_s": "copy GB/s",
         "status": "status",
     }
-    return _markdown(headings, list(rows))
+    return markdown(headings, list(rows))
 
 
 def _with_status(row: Row) -> Row:
     return row if row["status"] == "ok" else {**row, "peer": f"{row['peer']} ({row['status']})"}
 
 
-def _markdown(headings: dict[str, str], rows: list[Row]) -> str:
+def markdown(headings: dict[str, str], rows: list[Row]) -> str:
+    """A Markdown table: a column for each heading, `n/a` where a row lacks its value."""
     lines = [list(headings.values())] + [[_cell(name, row.get(name)) for name in headings] for row in rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(headings))]
     texts = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]

@@ -1,0 +1,115 @@
+"""`mhf bench model` for real, with tiny models: every mode runs, the files are what they say, wrong use is named."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+import torch
+import yaml
+from mhf_kernels import FlashMHF
+
+from mhf_lightning.bench.measure import Stopwatch
+from mhf_lightning.bench.model import MODES, _Case, main, read_model, tables
+from mhf_lightning.plan.flops import flops_per_token
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the command would take the GPU")
+FFN = {
+    "swiglu": {"name": "swiglu", "d_ff": 64},
+    "flash_mhf": {"name": "flash_mhf", "num_heads": 2, "num_subnetworks": 2, "d_e": 16},
+}
+DECODER = {"vocab_size": 64, "d_model": 32, "num_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("models")
+    for name, ffn in FFN.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"model": {"decoder": {**DECODER, "ffn": ffn}}}))
+    return [str(folder / f"{name}.yaml") for name in FFN]
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.slow
+def test_every_mode_of_every_model_is_measured(files, tmp_path, capsys):
+    sizes = ["--length", "8", "16", "--tokens", "32", "--quick", "--output", str(tmp_path)]
+    assert main([*files, *sizes, "--modes", "eager", "compiled_checkpoint", "unfused"]) == 0
+    rows = read(tmp_path / "model.csv")
+    modes = ["eager", "compiled_checkpoint"]
+    each = [("swiglu", mode) for mode in modes] + [("flash_mhf", mode) for mode in [*modes, "unfused"]]
+    assert [(row["model"], row["mode"]) for row in rows] == each * 2
+    assert [row["batch"] for row in rows] == ["4"] * 5 + ["2"] * 5
+    for row in rows:
+        assert row["status"] == "ok"
+        assert (row["inference_ms"] == "n/a") == (row["mode"] == "compiled_checkpoint")
+        tokens_per_s = 32 / (float(row["step_ms"]) / 1e3)
+        assert float(row["tokens_per_s"]) == pytest.approx(tokens_per_s, rel=1e-3)
+        config = read_model(Path(files[0 if row["model"] == "swiglu" else 1]))
+        share = flops_per_token(config, int(row["L"])) * tokens_per_s / float(row["gemm_tflops"]) / 1e12
+        assert float(row["step_share"]) == pytest.approx(share, rel=1e-3)
+    assert capsys.readouterr().out.count("| unfused ") == 2
+    assert matplotlib.image.imread(tmp_path / "model.png").std() > 0.02
+    assert main([*files, *sizes]) == 2
+    assert "model.csv exists" in capsys.readouterr().err
+
+
+def test_the_modes_compute_the_same(files, monkeypatch):
+    """Compiled, checkpointed and unfused, a model has the loss and the gradients that it has plainly."""
+    config = read_model(Path(files[1]))
+    tokens = torch.randint(64, (2, 8))
+    results = {}
+    for name, mode in MODES.items():
+        torch.manual_seed(0)
+        decoder = _Case(config, mode, 2, 8, torch.float32, Stopwatch(torch.device("cpu"), 0.1))._build(torch.float32)
+        sums = decoder(tokens, tokens)
+        sums.nll.backward()
+        results[name] = [sums.nll.detach(), *(p.grad for p in decoder.parameters())]
+    for name, values in results.items():
+        for value, expected in zip(values, results["eager"], strict=True):
+            torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+    def forbidden(*_):
+        raise AssertionError("the fused layer ran")
+
+    monkeypatch.setattr(FlashMHF, "_subnetworks", forbidden)
+    unfused = _Case(config, MODES["unfused"], 2, 8, torch.float32, Stopwatch(torch.device("cpu"), 0.1))
+    unfused._build(torch.float32)(tokens)
+
+
+def test_speed_ups_are_those_over_the_compiled_and_the_checkpointed_baseline():
+    def row(model, mode, inference_ms, step_ms):
+        sizes = {"L": 8, "batch": 1, "num_layers": 1, "parameters": 1, "gemm_tflops": 1.0, "status": "ok"}
+        return {"model": model, "mode": mode, "inference_ms": inference_ms, "step_ms": step_ms, **sizes}
+
+    printed = tables(
+        [
+            row("swiglu", "eager", 400.0, 900.0),
+            row("swiglu", "compiled", 300.0, 600.0),
+            row("swiglu", "compiled_checkpoint", 300.0, 800.0),
+            row("flash_mhf", "compiled", 200.0, 1600.0),
+        ]
+    )
+    last = [cell.strip() for cell in printed.splitlines()[-1].strip("|").split("|")]
+    head = [cell.strip() for cell in printed.splitlines()[2].strip("|").split("|")]
+    assert [cell for cell, name in zip(last, head, strict=True) if name == "speed-up"] == ["1.500", "0.500"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name the model files to compare"),
+        (["{file}", "--length", "7", "--tokens", "32"], "--length 7 does not divide --tokens 32"),
+        (["{file}", "{file}"], "two model files have the same name"),
+        (["missing.yaml"], "missing.yaml is no model file"),
+        (["--plot_from", "{file}"], "is no model.csv of mhf bench model"),
+    ],
+)
+def test_wrong_use_is_named(files, capsys, arguments, message):
+    assert main([argument.format(file=files[0]) for argument in arguments]) == 2
+    assert message in capsys.readouterr().err
