@@ -1,18 +1,46 @@
 #!/usr/bin/env bash
-# Everything that needs one GPU, in one go: the tests, the memory of `mhf plan` against real steps, and the benchmark
-# of the layer. Usage: tests/gpu/run.sh OUT   (results and logs go to the folder OUT; about 5 minutes on an H200)
+# Everything that needs one GPU. Usage: tests/gpu/run.sh OUT [STAGE ...]   (results and logs go to the folder OUT)
+#   check    the tests, and the memory of `mhf plan` against real steps
+#   layer    mhf bench layer: shape S, and three lengths
+#   sweeps   mhf bench layer over L, d_model and d_h
+#   model    mhf bench model: the 1.3B and the 370M models of the paper, FlashMHF against SwiGLU and MH-FFN
+# Without a stage: check and layer. Each stage goes on where one of its parts fails; the exit code tells.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
-out=${1:?usage: tests/gpu/run.sh OUT}
+out=${1:?usage: tests/gpu/run.sh OUT [check|layer|sweeps|model ...]}
+shift
 python=${PYTHON:-python3}
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}"
 mkdir -p "$out"
 status=0
+mhf() { "$python" -m mhf_lightning.cli "$@" || status=1; }
 "$python" -m mhf_kernels.info | tee "$out/info.txt"
-workers=$("$python" -c "import importlib.util as u; print(*(['-n', '8'] if u.find_spec('xdist') else []))")
-"$python" -m pytest -q $workers tests/gpu > "$out/tests.log" 2>&1 || status=1
-tail -n 25 "$out/tests.log"
-"$python" tests/gpu/measure_plan.py --out "$out/plan.csv" 2>&1 | tee "$out/plan.log" || status=1
-"$python" -m mhf_lightning.cli bench layer --shape S --output "$out/shape-s" || status=1
-"$python" -m mhf_lightning.cli bench layer --quick --output "$out/quick" || status=1
+for stage in "${@:-check layer}"; do
+    for part in $stage; do
+        case $part in
+        check)
+            workers=$("$python" -c "import importlib.util as u; print(*(['-n', '8'] if u.find_spec('xdist') else []))")
+            "$python" -m pytest -q $workers tests/gpu > "$out/tests.log" 2>&1 || status=1
+            tail -n 25 "$out/tests.log"
+            "$python" tests/gpu/measure_plan.py --out "$out/plan.csv" 2>&1 | tee "$out/plan.log" || status=1
+            ;;
+        layer)
+            mhf bench layer --shape S --output "$out/shape-s"
+            mhf bench layer --quick --output "$out/quick"
+            ;;
+        sweeps) mhf bench layer --output "$out/sweeps" ;;
+        model)
+            for size in 1.3b 370m; do
+                files=(configs/paper/$size/{swiglu,flash_mhf_release,mh_ffn}.yaml)
+                mhf bench model "${files[@]}" --only inference --output "$out/inference-$size"
+                mhf bench model "${files[@]}" --only training --length 1024 4096 16384 --quick --output "$out/training-$size"
+            done
+            ;;
+        *)
+            echo "unknown stage $part" >&2
+            exit 2
+            ;;
+        esac
+    done
+done
 exit $status
