@@ -4,6 +4,7 @@ Torch and Lightning are imported only by the commands that need them, so that ``
 """
 
 import sys
+from importlib import import_module
 
 from mhf_lightning import __version__
 from mhf_lightning.signals import block_stop_signals
@@ -19,9 +20,15 @@ usage: mhf COMMAND [options]
   mhf validate         loss and perplexity on the validation split
   mhf test             the same, logged as test
   mhf predict          loss of every validation block, as predictions.jsonl in the run folder
-  mhf export           a trained model as one safetensors file
+  mhf export           a trained model as one safetensors file, or as a Hugging Face folder
+  mhf import           a Hugging Face folder (ours, or a Llama) as the start of a run
+  mhf generate         continue a prompt with a trained model
+  mhf eval             perplexity of texts and tasks of lm-eval, into the run folder
+  mhf runs             one line per run of a folder: state, steps, loss, restarts, goodput, last checkpoint
   mhf plan             memory per GPU, FLOPs and days of a run, worked out without GPU and data
   mhf bench layer      time and memory of FlashMHF, SwiGLU and others; table, CSV, plot
+  mhf bench generate   speed of reading a prompt and of generating, token by token
+  mhf report           compare runs on one HTML page: curves, speed, memory, router, configuration
 
   mhf COMMAND --help               all options of a command
   mhf fit --print_config           all options with the values they would have
@@ -32,6 +39,19 @@ usage: mhf COMMAND [options]
 Options come from the command line and from any number of --config files; what stands later wins.
 """
 
+# Module of each command that is not LightningCLI's; its main(arguments) returns the exit code.
+COMMANDS = {
+    "data": "mhf_lightning.data.cli",
+    "export": "mhf_lightning.checkpoint.export",
+    "import": "mhf_lightning.hf.cli",
+    "generate": "mhf_lightning.generation.cli",
+    "eval": "mhf_lightning.evaluation.cli",
+    "runs": "mhf_lightning.runs.cli",
+    "plan": "mhf_lightning.plan.cli",
+    "bench": "mhf_lightning.bench.cli",
+    "report": "mhf_lightning.report.cli",
+}
+
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line; errors that a user can mend end with a message and exit code 2."""
@@ -40,22 +60,8 @@ def main(args: list[str] | None = None) -> None:
         print(HELP, end="")
     elif args[0] == "--version":
         print(f"mhf-lightning {__version__}")
-    elif args[0] == "data":
-        from mhf_lightning.data.cli import main as data_main
-
-        sys.exit(data_main(args[1:]))
-    elif args[0] == "bench":
-        from mhf_lightning.bench.cli import main as bench_main
-
-        sys.exit(bench_main(args[1:]))
-    elif args[0] == "plan":
-        from mhf_lightning.plan.cli import main as plan_main
-
-        sys.exit(plan_main(args[1:]))
-    elif args[0] == "export":
-        from mhf_lightning.checkpoint.export import main as export_main
-
-        sys.exit(export_main(args[1:]))
+    elif args[0] in COMMANDS:
+        sys.exit(import_module(COMMANDS[args[0]]).main(args[1:]))
     else:
         if args[0] == "fit":
             block_stop_signals()

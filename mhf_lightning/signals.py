@@ -18,6 +18,8 @@ def block_stop_signals() -> None:
 
 def restore_stop_signals() -> None:
     """Let them end the process, as they usually do: one that is pending does so now."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)  # slurm/rank.sh lets them be ignored until here
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 

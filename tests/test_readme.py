@@ -1,4 +1,4 @@
-"""The commands and the code of the README run, shortened only by flags that make them small."""
+"""The commands and the code of the READMEs run, shortened only by flags that make them small."""
 
 import os
 import re
@@ -15,9 +15,9 @@ SHORT = ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "1", "--mode
 SHORT += ["--trainer.accelerator", "cpu", "--trainer.num_sanity_val_steps", "1"]
 
 
-def commands() -> list[list[str]]:
-    """Every `mhf` command of the README, as a list of words."""
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+def commands(text: str = README) -> list[list[str]]:
+    """Every `mhf` command of a README, as a list of words."""
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [shlex.split(line) for line in lines if line.startswith("mhf ")]
 
@@ -48,6 +48,37 @@ def test_every_mhf_command_runs_in_order(tmp_path):
     for words in listed:
         run(words, tmp_path)
     assert (tmp_path / "runs/mine/checkpoints/latest").exists()
+
+
+# READMEs of folders whose commands run one after the other, and what they are.
+FOLDERS = {
+    "configs": ["fit"],
+    "mhf_lightning/checkpoint": ["fit", "validate", "export"],
+    "mhf_lightning/plan": ["plan"],
+    "mhf_lightning/training": ["fit"],
+}
+
+
+@pytest.mark.slow
+def test_the_commands_of_other_readmes_run(tmp_path):
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    for number in range(40):
+        (tmp_path / f"{number}.txt").write_text(f"a few words of text number {number}\n" * 50)
+    prepare = "mhf data prepare *.txt --out data/quickstart --context_length 64 --vocab_size 300"
+    run([*shlex.split(prepare), "--validation_fraction", "0.2"], tmp_path)
+    for folder, expected in FOLDERS.items():
+        listed = commands((ROOT / folder / "README.md").read_text())
+        assert [words[1] for words in listed] == expected
+        for words in listed:
+            run(words, tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+    assert len(list((tmp_path / "runs/two/checkpoints/step-2").glob("shard-*"))) == 2  # of two processes
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_path_that_another_readme_names_exists(folder):
+    for path in re.findall(r"\]\((?!http)([^)]+)\)", (ROOT / folder / "README.md").read_text()):
+        assert (ROOT / folder / path).exists(), path
 
 
 def test_make_train_runs_the_commands_of_the_readme():

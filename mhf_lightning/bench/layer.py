@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from mhf_kernels import dispatch
@@ -242,7 +241,7 @@ def _decode_row(sizes: Sizes, dtype: torch.dtype, stopwatch: Stopwatch) -> Row:
                         module(q, r)
 
             row["backend"] = _backend(sizes, device, dtype)
-            seconds = stopwatch.median(_as_graph(calls) if device.type == "cuda" else calls) / (rounds * sets)
+            seconds = stopwatch.median(measure.as_graph(calls) if device.type == "cuda" else calls) / (rounds * sets)
             copied = measure.copy_bytes_per_s(stopwatch)
     except OutOfMemoryError:
         return row | {"status": "OOM"}
@@ -257,19 +256,6 @@ def _decode_row(sizes: Sizes, dtype: torch.dtype, stopwatch: Stopwatch) -> Row:
         "copy_share": moved / copied,
         "copy_gb_per_s": copied / 1e9,
     }
-
-
-def _as_graph(calls: Any) -> Any:
-    """Capture calls into a CUDA graph, after a first run that compiles; returns its replay."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        calls()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        calls()
-    return graph.replay
 
 
 def _backend(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> str:

@@ -101,6 +101,19 @@ class Stopwatch:
         return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)]
 
 
+def as_graph(calls: Callable[[], object]) -> Callable[[], object]:
+    """Capture calls into a CUDA graph, after a first run that compiles; returns its replay."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        calls()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        calls()
+    return graph.replay
+
+
 def inference_cost(module: nn.Module, inputs: tuple[Tensor, ...], stopwatch: Stopwatch) -> dict[str, float]:
     """Return `forward_ms` under `no_grad`, and on CUDA `inference_peak_mib`, above inputs and weights, with the output.
 

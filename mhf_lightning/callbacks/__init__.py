@@ -1,9 +1,31 @@
-"""Callbacks, one file each. What several of them need is here: when to log, and where the points go."""
+"""Callbacks, one file each. What several of them need is here: options, when to log, and where the points go."""
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Optional
 
+import torch
 from lightning.pytorch import Trainer
+
+
+@dataclass
+class MonitorConfig:
+    """What is measured besides loss, speed and memory, which always are (at the steps of trainer.log_every_n_steps).
+
+    Attributes:
+        peak_tflops: Peak TFLOP/s of one device in dense bfloat16, for the MFU; null looks it up by the device's name.
+        router_every_n_steps: Optimiser steps between two looks at FlashMHF's routers, taken at the next logging step;
+            0 turns them off.
+    """
+
+    peak_tflops: Optional[float] = None  # noqa: UP045 - the CLI evaluates annotations, also on Python 3.10
+    router_every_n_steps: int = 200
+
+    def __post_init__(self) -> None:
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            raise ValueError(f"monitor.peak_tflops is {self.peak_tflops}; it must be positive")
+        if self.router_every_n_steps < 0:
+            raise ValueError(f"monitor.router_every_n_steps is {self.router_every_n_steps}; it must be 0 or more")
 
 
 def is_logging_step(trainer: Trainer) -> bool:
@@ -16,8 +38,10 @@ def is_logging_step(trainer: Trainer) -> bool:
 def write_points(trainer: Trainer, values: Mapping[str, float]) -> None:
     """Write to all loggers, at the step that Lightning gives ``train/loss`` (that of ``val/loss`` after validation).
 
-    Lightning's own ``log`` would reduce each value by a collective of its own, and repeat stale ones.
+    Other callbacks find the values in ``trainer.callback_metrics``. Lightning's own ``log`` would reduce each value by
+    a collective of its own, and repeat stale ones.
     """
     loop: Any = trainer.fit_loop.epoch_loop
+    trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
     for logger in trainer.loggers:
         logger.log_metrics(dict(values), step=loop._batches_that_stepped)

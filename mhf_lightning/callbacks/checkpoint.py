@@ -64,8 +64,9 @@ class StepCheckpoint(Checkpoint):
         trainer.strategy.barrier("StepCheckpoint.on_train_start")
 
     def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
-        """Save after an optimiser step whose number says so."""
-        if trainer.global_step > self._saved and trainer.global_step % self.config.every_n_steps == 0:
+        """Save after an optimiser step whose number says so; the last one is saved when it has been validated."""
+        step = trainer.global_step
+        if step > self._saved and step % self.config.every_n_steps == 0 and step != trainer.max_steps:
             self.save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -55,9 +55,27 @@ class ExactResume(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Convert the progress into micro-batches of this run, and keep the stored states until training starts."""
         self._restored = checkpoint["rng"]
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        loops = checkpoint["loops"]["fit_loop"]
+        reopen_progress(loops)
+        progress = loops["epoch_loop.batch_progress"]
         for counters in (progress["current"], progress["total"]):
             convert_progress(counters, checkpoint["accumulate_grad_batches"], trainer.accumulate_grad_batches)
+
+
+def reopen_progress(loops: dict[str, Any]) -> None:
+    """Make the progress of a run that had ended that of a save in it, after the last micro-batch, in place.
+
+    From a run that had ended, Lightning goes on in a second epoch, and may count a step that it does not make.
+    """
+    batches, epochs = loops["epoch_loop.batch_progress"], loops["epoch_progress"]
+    if batches["total"]["completed"] < batches["total"]["ready"]:
+        return  # saved from on_train_batch_end
+    loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+    for counters in (batches["current"], batches["total"]):
+        counters["completed"] -= 1
+    batches["is_last_batch"] = False
+    for counters in (epochs["current"], epochs["total"]):
+        counters["processed"] = counters["completed"] = counters["started"] - 1
 
 
 def convert_progress(counters: dict[str, int], old: int, new: int) -> None:

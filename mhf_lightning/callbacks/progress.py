@@ -1,20 +1,126 @@
-"""A one-line progress bar that counts optimiser steps."""
+"""Progress in optimiser steps: a bar of one line in a terminal, plain lines in a file."""
+
+from __future__ import annotations
 
 import sys
+import time
+from datetime import timedelta
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from torch import Tensor
+
+from mhf_lightning.callbacks import is_logging_step
+
+
+def progress_bar() -> ProgressBar:
+    """Return a bar where someone looks at the output, else plain lines."""
+    return StepProgressBar() if sys.stdout.isatty() else ProgressLines()
+
+
+def status(metrics: dict[str, Tensor]) -> dict[str, str]:
+    """Return what is known of loss, perplexities, speed and memory, in this order; waits for the device."""
+    formats = {
+        "train/loss": ("loss", "{:.3f}"),
+        "train/perplexity": ("ppl", "{:,.1f}"),
+        "val/perplexity": ("val ppl", "{:,.1f}"),
+        "throughput/tokens_per_s": ("tok/s", "{:,.0f}"),
+        "memory/peak_gib": ("mem", "{:.1f}G"),
+    }
+    return {name: form.format(float(metrics[tag])) for tag, (name, form) in formats.items() if tag in metrics}
 
 
 class StepProgressBar(TQDMProgressBar):
-    """Lightning's bar, without the version number, refreshed rarely where the output is a file."""
+    """Lightning's bar, counting optimiser steps; a resume does not disturb the time that it says is left.
 
-    def __init__(self) -> None:
-        super().__init__(refresh_rate=1 if sys.stderr.isatty() else 50)
+    Values change at the steps at which Lightning logs: reading them waits for the device.
+    """
+
+    BAR_FORMAT = "{desc}{percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Return the metrics to show."""
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        return metrics
+        """Return what the line shows."""
+        return dict(status(trainer.callback_metrics))
+
+    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+        """Begin at the step that training continues from."""
+        super().on_train_start()
+        bar = self.train_progress_bar
+        bar.reset(total=trainer.max_steps)
+        bar.initial = bar.n = trainer.global_step
+        bar.set_description("step")
+
+    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
+        """Leave the line as it is."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Move on after an optimiser step."""
+        bar = self.train_progress_bar
+        if bar.disable or trainer.fit_loop._should_accumulate():
+            return
+        if is_logging_step(trainer):
+            bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
+        bar.update(trainer.global_step - bar.n)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the line as it is."""
+
+    def init_validation_tqdm(self) -> Tqdm:
+        """Return a hidden bar during training, which would be a second line."""
+        if self.trainer.state.fn == "fit":
+            self.train_progress_bar.set_description("validating")
+            return Tqdm(disable=True)
+        return super().init_validation_tqdm()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the perplexity that was found."""
+        super().on_validation_end(trainer, pl_module)
+        if trainer.state.fn == "fit":
+            self.train_progress_bar.set_description("step")
+
+
+class ProgressLines(ProgressBar):
+    """Prints a line at each step at which Lightning logs, and one after each validation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._enabled = True
+        self._begun = 0, 0.0  # step and time at which this start had done its first step
+
+    def disable(self) -> None:
+        """Print nothing, as Lightning asks of all ranks but one."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Print again."""
+        self._enabled = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock with the first step, which compiles."""
+        self._begun = 0, 0.0
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Print a line where Lightning logs."""
+        if not self._enabled or trainer.fit_loop._should_accumulate():
+            return
+        step, now = trainer.global_step, time.monotonic()
+        if not self._begun[0]:
+            self._begun = step, now
+        if is_logging_step(trainer):
+            values = status(trainer.callback_metrics)
+            if step > self._begun[0]:
+                left = (now - self._begun[1]) / (step - self._begun[0]) * (trainer.max_steps - step)
+                values["left"] = str(timedelta(seconds=round(left)))
+            print(f"step {step:,}/{trainer.max_steps:,}", *_words(values), sep="  ", flush=True)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print what validation found."""
+        if self._enabled and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            loss, perplexity = (float(trainer.callback_metrics[f"val/{key}"]) for key in ("loss", "perplexity"))
+            print(f"step {trainer.global_step:,}: validation loss {loss:.4f}, perplexity {perplexity:,.2f}", flush=True)
+
+
+def _words(values: dict[str, str]) -> list[str]:
+    return [f"{name} {value}" for name, value in values.items()]

@@ -26,6 +26,7 @@ The modules, each importing only those above it:
 - ``state.py``: from a trainer's state to JSON and named tensors, and back.
 - ``shards.py``: which rank writes which slice; saving in the background; loading under another layout.
 - ``strategy.py``: the mixin that gives all this to Lightning's strategies. The only module that knows Lightning.
+- ``trained.py``: a trained model, and the tokenizer of its dataset.
 - ``export.py``: ``mhf export``.
 """
 

@@ -215,9 +215,13 @@ class DeepSpeedCheckpoints(CommittedCheckpoints):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Verify the files, then let DeepSpeed load them."""
-        path, _ = self.verified(checkpoint_path)
-        rest = super().load_checkpoint(path, weights_only=weights_only)
         assert self.lightning_module is not None
+        path, _ = self.verified(checkpoint_path)
+        optimizer: Any = getattr(self.lightning_module.trainer.model, "optimizer", None)
+        if optimizer is not None and not hasattr(optimizer, "_restore_from_bit16_weights"):
+            # Under ZeRO-3 without training there are no float32 copies to restore, but DeepSpeed 0.19 asks for it.
+            optimizer._restore_from_bit16_weights = lambda: None
+        rest = super().load_checkpoint(path, weights_only=weights_only)
         return {**rest, "state_dict": self.lightning_module.state_dict()}  # which DeepSpeed has filled by now
 
 

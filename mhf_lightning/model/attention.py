@@ -1,11 +1,16 @@
 """Causal self-attention with rotary positions and optional grouped key/value heads."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhf_lightning.model.config import DecoderConfig
 from mhf_lightning.model.rope import apply_rotary
+
+# Takes keys (rotated) and values [B, kv_heads, L, d_head] into a cache; returns all of the layer that are to be seen.
+ExtendCache = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class CausalAttention(nn.Module):
@@ -31,17 +36,24 @@ class CausalAttention(nn.Module):
         for projection in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
             nn.init.normal_(projection.weight, std=0.02)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
-        """Attend causally, or as ``mask`` (boolean, ``[B, 1, L, L]``, True where a query may look) says."""
-        q = self._heads(self.q_proj(x))  # [B, heads, L, d_head]
-        k = self._heads(self.k_proj(x))
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, extend: ExtendCache | None = None
+    ) -> Tensor:
+        """Attend causally, or as ``mask`` says: boolean ``[B, 1, L, keys]``, True where a query may look.
+
+        Without a mask, a cache must hold nothing yet, or the input be one token that sees all of it.
+        """
+        q = apply_rotary(self._heads(self.q_proj(x)), cos, sin)  # [B, heads, L, d_head]
+        k = apply_rotary(self._heads(self.k_proj(x)), cos, sin)
         v = self._heads(self.v_proj(x))
+        if extend is not None:
+            k, v = extend(k, v)
         attended = F.scaled_dot_product_attention(
-            apply_rotary(q, cos, sin),
-            apply_rotary(k, cos, sin),
+            q,
+            k,
             v,
             attn_mask=mask,
-            is_causal=mask is None,
+            is_causal=mask is None and q.shape[2] == k.shape[2],
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
         return self.o_proj(attended.transpose(1, 2).flatten(2))

@@ -137,3 +137,15 @@ class DecoderConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as plain, nested dictionaries (what a checkpoint stores)."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> DecoderConfig:
+        """Undo :meth:`to_dict`.
+
+        Raises:
+            TypeError: A key is unknown.
+            ValueError: A value is out of range.
+        """
+        ffn = dict(values["ffn"])
+        gains = ffn.get("gains")
+        return cls(**{**values, "ffn": FFNConfig(**{**ffn, "gains": gains and InitGainsConfig(**gains)})})

@@ -1,10 +1,159 @@
-"""Sampling text from a decoder, one token at a time; no key/value cache, so for short samples only."""
+"""Continuing token sequences with a decoder: prefill, then one token at a time from a key/value cache. Torch only."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from mhf_lightning.model.transformer import Decoder
+
+
+class Generation:
+    """A batch of sequences under way: how far each is, and the keys and values of its tokens.
+
+    Everything is allocated once and changed in place, so every :meth:`step` has the same shapes and can be compiled, or
+    captured as a CUDA graph. It computes in the dtype of the weights.
+
+    Args:
+        decoder: In evaluation mode.
+        batch_size: Sequences, B.
+        max_length: Room for a sequence, prompt and new tokens together.
+    """
+
+    def __init__(self, decoder: Decoder, batch_size: int, max_length: int) -> None:
+        config, weight = decoder.config, decoder.embedding.weight
+        kv_heads = config.num_kv_heads or config.num_attention_heads
+        d_head = config.d_model // config.num_attention_heads
+        self.decoder = decoder
+        self.keys = weight.new_zeros(config.num_layers, batch_size, kv_heads, max_length, d_head)
+        self.values = torch.zeros_like(self.keys)
+        self.padding = torch.zeros(batch_size, 1, dtype=torch.int64, device=weight.device)  # before each prompt
+        self.slot = torch.zeros(1, dtype=torch.int64, device=weight.device)  # of the next token
+        self._all_slots = torch.arange(max_length, device=weight.device)
+        self._is_prefill = False
+
+    def prefill(self, prompts: Sequence[Tensor]) -> Tensor:
+        """Read the prompts, in place of anything read before.
+
+        Args:
+            prompts: B times ``[any length]``, int64, at least one token each.
+
+        Returns:
+            Logits of what follows each, ``[B, vocab_size]``.
+
+        Raises:
+            ValueError: A prompt is empty, or there is no room for it.
+        """
+        lengths = [len(prompt) for prompt in prompts]
+        longest, room = max(lengths), len(self._all_slots)
+        if min(lengths) == 0:
+            raise ValueError("a prompt holds no token; give it at least one, such as the one that ends documents")
+        if longest > room:
+            raise ValueError(f"a prompt has {longest} tokens; there is room for {room}")
+        device = self.slot.device
+        ids = torch.zeros(len(prompts), longest, dtype=torch.int64, device=device)
+        for row, prompt in zip(ids, prompts, strict=True):
+            row[longest - len(prompt) :] = prompt
+        self.padding.copy_(longest - torch.tensor(lengths, device=device)[:, None])
+        slots = self._all_slots[:longest]
+        mask = None
+        if min(lengths) < longest:
+            is_token = slots >= self.padding[:, :, None, None]  # [B, 1, 1, L]
+            # A padding position sees itself: a softmax over nothing would spread NaN.
+            mask = (slots <= slots[:, None]) & is_token | (slots == slots[:, None])
+        self._is_prefill = True
+        hidden = self.decoder.hidden(ids, (slots - self.padding).clamp_min(0), mask, self)
+        self._is_prefill = False
+        self.slot.fill_(longest)
+        return self.decoder.head(hidden[:, -1])
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Read the next token of every sequence, ``[B]``, int64; return the logits of what follows, as ``prefill``."""
+        seen = (self._all_slots <= self.slot) & (self._all_slots >= self.padding)  # [B, slots]
+        hidden = self.decoder.hidden(tokens[:, None], self.slot - self.padding, seen[:, None, None], self)
+        self.slot += 1
+        return self.decoder.head(hidden[:, -1])
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Take in a layer's keys and values; the decoder calls it, as a cache."""
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        if self._is_prefill:
+            length = key_states.shape[2]
+            keys[:, :, :length], values[:, :, :length] = key_states, value_states
+            return key_states, value_states  # nothing was there before
+        keys.index_copy_(2, self.slot, key_states)
+        values.index_copy_(2, self.slot, value_states)
+        return keys, values
+
+
+@torch.no_grad()
+def generate(
+    decoder: Decoder,
+    prompts: Sequence[Tensor],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    stop_id: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[Tensor]:
+    """Continue prompts of any lengths together, by nucleus sampling.
+
+    Args:
+        decoder: In evaluation mode.
+        prompts: B times ``[any length]``, int64, at least one token each.
+        max_new_tokens: How many tokens to add to each at most.
+        temperature: As in :func:`draw`.
+        top_p: As in :func:`draw`.
+        stop_id: Ends a sequence, and fills it up while others go on.
+        generator: As in :func:`draw`.
+
+    Yields:
+        The next token of each sequence, ``[B]``, on the CPU, until all have ended.
+
+    Raises:
+        ValueError: A prompt is empty, or an option is out of range.
+    """
+    generation = Generation(decoder, len(prompts), max(map(len, prompts)) + max_new_tokens)
+    logits = generation.prefill(prompts)
+    ended = torch.zeros(len(prompts), dtype=torch.bool)
+    for number in range(1, max_new_tokens + 1):
+        tokens = draw(logits, temperature, top_p, generator)
+        if stop_id is not None:
+            tokens[ended] = stop_id
+            ended |= tokens == stop_id
+        yield tokens
+        if number == max_new_tokens or ended.all():
+            return
+        logits = generation.step(tokens.to(logits.device))
+
+
+def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None = None) -> Tensor:
+    """Draw a token from each row of logits.
+
+    Args:
+        logits: ``[B, vocab_size]``.
+        temperature: Divides the logits; lower is closer to the most likely token, and 0 is that token.
+        top_p: Draw among the most likely tokens that hold this much probability.
+        generator: Source of randomness, on the CPU; the global one is not touched when given.
+
+    Returns:
+        ``[B]``, int64, on the CPU.
+
+    Raises:
+        ValueError: ``temperature`` is negative, or ``top_p`` not in (0, 1].
+    """
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"temperature is {temperature} and top_p {top_p}; they must be 0 or more, and in (0, 1]")
+    logits = logits.float().cpu()
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    ordered, order = torch.softmax(logits / temperature, dim=-1).sort(descending=True)
+    ordered[ordered.cumsum(-1) - ordered >= top_p] = 0.0
+    return order.gather(-1, torch.multinomial(ordered, 1, generator=generator)).squeeze(-1)
 
 
 @torch.no_grad()
@@ -19,17 +168,19 @@ def sample(
     stop_id: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Continue a prompt by nucleus sampling.
+    """Continue a prompt beyond the context of the model, which sees a window: no cache, so for short samples only.
+
+    It only calls the decoder, so that one that is sharded over devices will do.
 
     Args:
         decoder: Maps tokens ``[1, L]`` to logits ``[1, L, vocab_size]``, in evaluation mode.
         prompt_ids: ``[L]``, int64, at least one token, on the model's device.
         num_tokens: How many tokens to add at most.
         max_context: How many of the last tokens the model sees (its training context).
-        temperature: Divides the logits; lower is closer to the most likely token.
-        top_p: Sample among the most likely tokens that hold this much probability.
+        temperature: As in :func:`draw`.
+        top_p: As in :func:`draw`.
         stop_id: Stop before this token (the end of a document).
-        generator: Source of randomness; the global one is not touched when given. On the CPU.
+        generator: As in :func:`draw`.
 
     Returns:
         The new tokens, ``[at most num_tokens]``, on the CPU.
@@ -37,10 +188,7 @@ def sample(
     ids = prompt_ids
     for _ in range(num_tokens):
         logits: Tensor = decoder(ids[None, -max_context:])
-        probabilities = torch.softmax(logits[0, -1].float().cpu() / temperature, dim=-1)
-        ordered, order = probabilities.sort(descending=True)
-        ordered[ordered.cumsum(0) - ordered >= top_p] = 0.0
-        token = order[torch.multinomial(ordered, 1, generator=generator)]
+        token = draw(logits[:, -1], temperature, top_p, generator)
         if stop_id is not None and int(token) == stop_id:
             break
         ids = torch.cat((ids, token.to(ids.device)))

@@ -1,17 +1,25 @@
 """The decoder: embedding, blocks of attention and feed-forward layer, head, and the loss of a batch."""
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mhf_lightning.model.attention import CausalAttention, document_mask
+from mhf_lightning.model.attention import CausalAttention, ExtendCache, document_mask
 from mhf_lightning.model.checkpointing import ActivationCheckpointing, checkpointed
 from mhf_lightning.model.config import DecoderConfig
 from mhf_lightning.model.ffn import build_ffn
 from mhf_lightning.model.loss import LossSums, linear_cross_entropy_sums
 from mhf_lightning.model.rope import rotary_tables
+
+
+class KeyValueCache(Protocol):
+    """Keys and values of the tokens so far: :class:`~mhf_lightning.model.generate.StaticCache`, or transformers'."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Take in a layer's new keys and values ``[B, kv_heads, L, d_head]``; return all that it holds of the layer."""
 
 
 class Block(nn.Module):
@@ -33,13 +41,19 @@ class Block(nn.Module):
         self.ffn_norm.reset_parameters()
         self.ffn.reset_parameters()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
-        """Apply the block to ``x [B, L, d_model]``."""
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, extend: ExtendCache | None = None
+    ) -> Tensor:
+        """Apply the block to ``x [B, L, d_model]``; ``extend`` takes attention's keys and values into a cache."""
+        if extend is not None:
+            return self._sub_layers(x, cos, sin, mask, extend=extend)
         mode, dropout = self.activation_checkpointing, self.training and self.dropout > 0
         return checkpointed(self._sub_layers, mode, x, cos, sin, mask, dropout=dropout)
 
-    def _sub_layers(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
-        x = x + self._drop(self.attention(self.attention_norm(x), cos, sin, mask))
+    def _sub_layers(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, extend: ExtendCache | None = None
+    ) -> Tensor:
+        x = x + self._drop(self.attention(self.attention_norm(x), cos, sin, mask, extend=extend))
         return x + self._drop(self.ffn(self.ffn_norm(x)))
 
     def _drop(self, x: Tensor) -> Tensor:
@@ -94,18 +108,38 @@ class Decoder(nn.Module):
         Returns:
             Logits ``[B, L, vocab_size]``, or :class:`~mhf_lightning.model.loss.LossSums`.
         """
+        mask = None if document_ids is None else document_mask(document_ids)
+        x = self.hidden(input_ids, position_ids, mask)
+        if labels is None:
+            return self.head(x)
+        return linear_cross_entropy_sums(x.flatten(0, 1), self.head.weight, labels.flatten())
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """Return what the head reads, ``[B, L, d_model]``.
+
+        Args:
+            input_ids: ``[B, L]``, int64.
+            position_ids: ``[B, L]`` or ``[1, L]``; by default 0 ... L - 1.
+            mask: Boolean ``[B, 1, L, keys]``, True where a position may look; None is causal.
+            cache: Keys and values of earlier tokens, which those of these tokens join; for inference.
+        """
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         d_head = self.config.d_model // self.config.num_attention_heads
         cos, sin = rotary_tables(position_ids, d_head, self.config.rope_theta)
-        mask = None if document_ids is None else document_mask(document_ids)
         x = self.embedding(input_ids)  # [B, L, d_model]
-        for block in self.blocks:
-            x = block(x, cos, sin, mask)
-        x = self.final_norm(x)
-        if labels is None:
-            return self.head(x)
-        return linear_cross_entropy_sums(x.flatten(0, 1), self.head.weight, labels.flatten())
+        for layer_idx, block in enumerate(self.blocks):
+            if cache is None:
+                x = block(x, cos, sin, mask)
+            else:
+                x = block(x, cos, sin, mask, extend=partial(cache.update, layer_idx=layer_idx))
+        return self.final_norm(x)
 
 
 class ParameterCount(NamedTuple):

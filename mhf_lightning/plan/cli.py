@@ -18,13 +18,14 @@ from lightning.pytorch.trainer import Trainer
 from mhf_lightning.data.datamodule import TokenDataModule
 from mhf_lightning.data.errors import DataError
 from mhf_lightning.data.manifest import Manifest
+from mhf_lightning.errors import readable_errors
 from mhf_lightning.model import count_parameters
 from mhf_lightning.parsing import take_allowed_imports
 from mhf_lightning.plan.flops import days, flops_per_token
 from mhf_lightning.plan.gpus import GPU, find_gpu
 from mhf_lightning.plan.memory import PRECISIONS, Step, StrategyName, trace
 from mhf_lightning.plan.tracker import PARTS, LiveMemory
-from mhf_lightning.training.cli import MHFCLI, PARSER_MODE, TRAINER_DEFAULTS, TrainingParser, _readable_errors
+from mhf_lightning.training.cli import MHFCLI, PARSER_MODE, TRAINER_DEFAULTS, TrainingParser
 from mhf_lightning.training.module import PretrainModule
 
 GIB = 2**30
@@ -255,7 +256,7 @@ def parse(args: list[str]) -> PlanCLI:
 
 def main(args: list[str]) -> int:
     """Run ``mhf plan``; returns the exit code."""
-    with _readable_errors():
+    with readable_errors():
         cli = parse(args)
         options = cast(Any, cli.config)
         plan = make_plan(options, cast(PretrainModule, cli.model), cast(TokenDataModule, cli.datamodule))

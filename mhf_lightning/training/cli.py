@@ -10,8 +10,6 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,12 +22,18 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.trainer import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
+from mhf_lightning.callbacks import MonitorConfig
 from mhf_lightning.callbacks.checkpoint import CheckpointConfig, StepCheckpoint
 from mhf_lightning.callbacks.heartbeat import Heartbeat
+from mhf_lightning.callbacks.history import History
+from mhf_lightning.callbacks.layout import Layout
 from mhf_lightning.callbacks.memory import PeakMemory
+from mhf_lightning.callbacks.model_health import ModelHealth
 from mhf_lightning.callbacks.preemption import Preemption
-from mhf_lightning.callbacks.progress import StepProgressBar
+from mhf_lightning.callbacks.progress import progress_bar
+from mhf_lightning.callbacks.router_health import RouterHealth
 from mhf_lightning.callbacks.run_folder import ResolvedConfig
+from mhf_lightning.callbacks.run_text import RunText
 from mhf_lightning.callbacks.summary import RunSummary
 from mhf_lightning.callbacks.throughput import Throughput
 from mhf_lightning.checkpoint.files import CheckpointError
@@ -37,9 +41,11 @@ from mhf_lightning.checkpoint.folder import Manifest, find_newest_valid, newest
 from mhf_lightning.checkpoint.strategy import MHFSingleDevice
 from mhf_lightning.data.cli import add_data_commands
 from mhf_lightning.data.datamodule import TokenDataModule
+from mhf_lightning.errors import readable_errors
 from mhf_lightning.parsing import SuggestingParser, take_allowed_imports
 from mhf_lightning.signals import restore_stop_signals
 from mhf_lightning.training.module import PretrainModule
+from mhf_lightning.training.ranks import data_parallel_ranks, is_first_of_replica
 
 PARSER_MODE = "omegaconf+"
 
@@ -76,6 +82,7 @@ class MHFCLI(LightningCLI):
             "--run_dir", type=str, default="runs/run", help="Folder of the run: config, checkpoints, curves."
         )
         parser.add_class_arguments(CheckpointConfig, "checkpoint", help="When to save.")
+        parser.add_class_arguments(MonitorConfig, "monitor", help="What to measure.")
         parser.add_argument(
             "--sample_prompt", type=str | None, default=None, help="Text to continue in the final summary."
         )
@@ -106,6 +113,13 @@ class MHFCLI(LightningCLI):
                 f"mhf {self.subcommand} needs a trained model: give --ckpt_path last, or a checkpoint folder"
             )
 
+    def instantiate_classes(self) -> None:
+        """Build the classes; weights that a checkpoint will replace are not read."""
+        options = self.config[str(self.subcommand)]
+        if options.get("ckpt_path"):
+            options["model"]["init_from"] = None
+        super().instantiate_classes()
+
     @rank_zero_only
     def _refuse_existing_run(self) -> None:
         if (self.run_dir / "config.yaml").exists():
@@ -115,16 +129,19 @@ class MHFCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer with the run folder's logger and our callbacks."""
-        callbacks: list[Any] = [PeakMemory(), Throughput()]
+        monitor = self._get(self.config_init, "monitor")
+        # Throughput comes first: the time of the others counts as logging.
+        callbacks: list[Any] = [Throughput(monitor.peak_tflops), PeakMemory(self.run_dir), ModelHealth()]
+        callbacks += [RouterHealth(monitor.router_every_n_steps), Layout()]
         config = dict(self._get(self.config_init, "trainer"))
         if config.get("enable_progress_bar") is not False:
-            callbacks.append(StepProgressBar())
+            callbacks.append(progress_bar())
         if self.subcommand == "fit":
             callbacks.append(RunSummary(self.run_dir, self._get(self.config_init, "sample_prompt")))
             options = cast(Any, self.config)
             parser = self._parser(self.subcommand)
             text = parser.dump(options[str(self.subcommand)], skip_none=False, skip_link_targets=False)
-            callbacks.append(ResolvedConfig(self.run_dir, text))
+            callbacks += [ResolvedConfig(self.run_dir, text), RunText(text), History(self.run_dir)]
             if config.get("enable_checkpointing") is not False and not config.get("fast_dev_run"):
                 checkpoint = StepCheckpoint(self.run_dir / "checkpoints", self._get(self.config_init, "checkpoint"))
                 callbacks += [checkpoint, Preemption(checkpoint)]
@@ -157,14 +174,18 @@ class MHFCLI(LightningCLI):
         return 0 if (self.run_dir / "config.yaml").exists() else None  # cut off before its first checkpoint
 
     def predict(self, **kwargs: Any) -> None:
-        """Write one line per validation block: its index, summed loss in nats, and number of target tokens."""
+        """Write one line per validation block: its index, summed loss in nats, and number of target tokens.
+
+        Each data-parallel rank writes a file of its own.
+        """
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        ranks = self.trainer.world_size
-        name = "predictions.jsonl" if ranks == 1 else f"predictions-rank{self.trainer.global_rank}.jsonl"
-        path = self.run_dir / name
-        if path.exists():
-            raise ValueError(f"{path} exists; move it away, or choose another --run_dir and give --ckpt_path a file")
+        for path in self.run_dir.glob("predictions*.jsonl"):
+            raise ValueError(f"{path} exists; move it away, or choose another --run_dir and give --ckpt_path a folder")
         batches: list[Any] = self.trainer.predict(**{**kwargs, "return_predictions": True}) or []
+        if not is_first_of_replica(self.trainer):
+            return
+        rank, ranks = data_parallel_ranks(self.trainer)
+        path = self.run_dir / ("predictions.jsonl" if ranks == 1 else f"predictions-rank{rank}.jsonl")
         with path.open("w", encoding="utf-8") as file:
             for batch in batches:
                 for row in zip(*(batch[key].tolist() for key in ("sample_index", "nll", "num_tokens")), strict=True):
@@ -226,21 +247,6 @@ def choose_strategy(config: dict[str, Any]) -> Any:
     )
 
 
-@contextmanager
-def _readable_errors() -> Iterator[None]:
-    """Turn a ValueError (bad configuration, data or checkpoint) into a message and exit code 2.
-
-    With the environment variable MHF_DEBUG set, the traceback is shown.
-    """
-    try:
-        yield
-    except ValueError as error:
-        print(f"mhf: error: {error}", file=sys.stderr)
-        if os.environ.get("MHF_DEBUG"):
-            raise
-        sys.exit(2)
-
-
 def _quieten() -> None:
     """Silence what Lightning says of a generic setup and what is wrong or of no use in this one."""
     for message in (
@@ -263,7 +269,7 @@ def run(args: list[str]) -> None:
         name: {"parser_mode": PARSER_MODE, "usage": f"mhf {name} [--config FILE ...] [options]"}
         for name in MHFCLI.subcommands()
     }
-    with _readable_errors():
+    with readable_errors():
         MHFCLI(
             PretrainModule,
             TokenDataModule,

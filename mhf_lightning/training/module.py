@@ -1,6 +1,8 @@
 """The LightningModule: loss over global valid tokens, optimiser, schedule, and what a checkpoint must hold."""
 
-from typing import Any
+import math
+from pathlib import Path
+from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
@@ -11,6 +13,7 @@ from mhf_kernels import FlashMHF
 from torch import Tensor
 
 from mhf_lightning.callbacks.exact_resume import ExactResume
+from mhf_lightning.checkpoint.files import TensorFile
 from mhf_lightning.metrics import TokenPerplexity
 from mhf_lightning.model import Decoder, DecoderConfig
 from mhf_lightning.model.checkpointing import ActivationCheckpointing, check_mode
@@ -47,6 +50,7 @@ class PretrainModule(LightningModule):
         activation_checkpointing: ActivationCheckpointing = "none",
         max_skipped_steps: int = 3,
         tune_kernels: bool = False,
+        init_from: Optional[str] = None,  # noqa: UP045 - the CLI evaluates annotations, also on Python 3.10
     ) -> None:
         """Build the model.
 
@@ -62,6 +66,8 @@ class PretrainModule(LightningModule):
                 stops with an error; 0 stops at the first.
             tune_kernels: Measure the tiles of FlashMHF's Triton kernels before training instead of taking them from the
                 shipped table: minutes, on one rank, which tells the others.
+            init_from: A safetensors file of ``mhf import`` or ``mhf export``: the weights to start from in place of
+                random ones. ``mhf`` does not read it where it is given a checkpoint.
         """
         super().__init__()
         if z_loss < 0:
@@ -77,6 +83,7 @@ class PretrainModule(LightningModule):
         self.activation_checkpointing = activation_checkpointing
         self.max_skipped_steps = max_skipped_steps
         self.tune_kernels = tune_kernels
+        self.init_from = init_from
         self.val_perplexity = TokenPerplexity()
         self.initial_validation: dict[str, float] = {}
         self.validated_step = 0
@@ -84,6 +91,7 @@ class PretrainModule(LightningModule):
         self.skipped_steps = 0
         self._skipped_in_a_row = 0
         self._model_configured = False
+        self.step_loss: Tensor | None = None  # of the last optimiser step, over all ranks; on the device
         self._positions_per_batch = 0
         self._window: list[tuple[Tensor, Tensor]] = []  # ([nll, tokens] float64, sample_index) of each micro-batch
 
@@ -108,16 +116,18 @@ class PretrainModule(LightningModule):
             )
 
     def configure_model(self) -> None:
-        """Split, compile and shard the blocks, in this order and once, as options and strategy say.
+        """Take the weights to start from, then split, compile and shard the blocks, once, as options and strategy say.
 
         Raises:
-            ValueError: The model cannot be split like this, or the options exclude each other.
+            ValueError: The weights are of another model, it cannot be split like this, or options exclude each other.
         """
         if self._model_configured:
             return
         mesh: Any = self.device_mesh  # of FSDP2 and tensor parallelism, else None
         self._check_compiling(is_split=mesh is not None and mesh["tensor_parallel"].size() > 1)
         self._model_configured = True
+        if self.init_from is not None:
+            load_weights(self.decoder, Path(self.init_from))
         if mesh is not None:
             broadcast_weights(self.decoder, self.trainer.strategy.root_device)
             split_heads(self.decoder, mesh["tensor_parallel"])
@@ -145,6 +155,19 @@ class PretrainModule(LightningModule):
 
         dtype = torch.bfloat16 if str(self.trainer.precision).startswith("bf16") else torch.float32
         tune_on_one_rank(d_h.pop(), dtype, log=rank_zero_info)
+
+    def on_train_start(self) -> None:
+        """Validate first where that was due after the step that training continues from, but came after its save.
+
+        Lightning takes such a validation as done; if the run was killed in it, its point would be missing.
+        """
+        loop: Any = self.trainer.fit_loop.epoch_loop
+        is_due = loop.restarting and loop._should_check_val_fx(self.trainer.fit_loop._data_fetcher)
+        if is_due and self.validated_step < self.trainer.global_step:
+            loop.val_loop.restarting = False  # from its first batch
+            self.trainer.validating = True
+            loop.val_loop.run()
+            self.trainer.training = True
 
     def _check_compiling(self, is_split: bool) -> None:
         """Refuse what torch.compile cannot do (torch 2.11 to 2.13)."""
@@ -224,6 +247,7 @@ class PretrainModule(LightningModule):
         else:
             gradients.drop()
             self._count_skipped(loss, norm, window)
+        self.step_loss = loss
         self.log("train/loss", loss.float(), prog_bar=True)
         self.log("train/perplexity", loss.exp().float())
         self.log("train/grad_norm", norm.float())
@@ -272,7 +296,7 @@ class PretrainModule(LightningModule):
         self.val_perplexity.update(sums.nll, sums.num_tokens)
 
     def on_validation_epoch_end(self) -> None:
-        """Log loss and perplexity; the pass before training is logged as step 0."""
+        """Log loss, perplexity and bits per byte; the pass before training is logged as step 0."""
         self._log_evaluation("val")
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -286,6 +310,10 @@ class PretrainModule(LightningModule):
     def _log_evaluation(self, name: str) -> None:
         values = self.val_perplexity.compute()
         self.val_perplexity.reset()
+        manifest = getattr(getattr(self.trainer, "datamodule", None), "manifest", None)
+        if manifest is not None:
+            split = manifest.splits["validation"]
+            values["bits_per_byte"] = values["loss"] / math.log(2) * (split.tokens / split.text_bytes)
         if self.trainer.sanity_checking:
             self.initial_validation = {key: float(value) for key, value in values.items()}
             for logger in self.trainer.loggers:
@@ -313,6 +341,7 @@ class PretrainModule(LightningModule):
         checkpoint["decoder_config"] = self.decoder.config.to_dict()
         checkpoint["tokens_seen"] = self.tokens_seen
         checkpoint["initial_validation"] = self.initial_validation
+        checkpoint["validated_step"] = self.validated_step
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the weights of another architecture, and restore the counters.
@@ -324,6 +353,22 @@ class PretrainModule(LightningModule):
         check_config(self.decoder.config, checkpoint["decoder_config"])
         self.tokens_seen = checkpoint.get("tokens_seen", 0)
         self.initial_validation = checkpoint.get("initial_validation", {})
+        self.validated_step = checkpoint.get("validated_step", checkpoint["global_step"])
+
+
+def load_weights(decoder: Decoder, path: Path) -> None:
+    """Fill a decoder from a safetensors file with its names; weights are cast to the decoder's dtype.
+
+    Raises:
+        ValueError: The file is missing or damaged, or of another architecture.
+    """
+    file = TensorFile(path)
+    stored = {name: file.read(name) for name in file.names()}
+    try:
+        check_architecture(decoder.state_dict(), stored)
+    except ValueError as error:
+        raise ValueError(f"model.init_from, {path}: {error}") from error
+    decoder.load_state_dict(stored)
 
 
 def check_config(own: DecoderConfig, stored: dict[str, Any]) -> None:

@@ -20,3 +20,9 @@ def data_parallel_group(trainer: Trainer) -> Any:
     """Return the process group of this process's data-parallel ranks; None means all processes."""
     mesh = getattr(trainer.strategy, "_device_mesh", None)
     return None if mesh is None else mesh["data_parallel"].get_group()
+
+
+def is_first_of_replica(trainer: Trainer) -> bool:
+    """Return whether this is the first of the processes that share a data-parallel rank."""
+    mesh = getattr(trainer.strategy, "_device_mesh", None)
+    return mesh is None or mesh["tensor_parallel"].get_local_rank() == 0

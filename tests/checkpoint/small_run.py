@@ -113,6 +113,9 @@ class Log(Callback):
     def on_validation_batch_start(self, *_):
         self.write(event="validation")
 
+    def on_validation_end(self, trainer, pl_module):
+        self.write(event="validated", step=trainer.global_step, loss=float(trainer.callback_metrics["val/loss"]).hex())
+
 
 def train(run: Run, rank: int, port: int, ckpt_path: str | None, attempt: int) -> None:
     """One rank's process."""
@@ -257,6 +260,16 @@ def losses(attempts: list[list[dict[str, Any]]]) -> dict[int, str]:
     }
 
 
+def validations(attempts: list[list[dict[str, Any]]]) -> dict[int, set[str]]:
+    """The validation losses of each step, by all attempts and ranks."""
+    found: dict[int, set[str]] = {}
+    for events in attempts:
+        for event in events:
+            if event["event"] == "validated":
+                found.setdefault(event["step"], set()).add(event["loss"])
+    return found
+
+
 def history(run: Run) -> list[list[int]]:
     """The blocks of each optimiser step of the run as it counts: what an attempt did before the next one took over.
 
@@ -317,4 +330,5 @@ __all__ = [
     "make_corpus",
     "replace",
     "tensors",
+    "validations",
 ]

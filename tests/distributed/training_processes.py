@@ -1,4 +1,4 @@
-"""Starts groups of gloo processes that train many cases each (see ``worker.py``)."""
+"""Starts groups of gloo processes that do many things each (see ``worker.py`` and ``cli_worker.py``)."""
 
 from __future__ import annotations
 
@@ -10,18 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-WORKER = Path(__file__).with_name("worker.py")
+HERE = Path(__file__).parent
 Results = list[dict[str, dict[str, Any]]]
 
 
-def run_cases(cases: dict[str, dict[str, Any]], world: int, folder: Path, timeout: float = 400) -> Results:
-    """Train every case on ``world`` processes; return one dict of results by case for each rank.
-
-    A case has ``strategy`` and may have steps, accumulate, ffn, num_kv_heads, tie_embeddings, grad_clip, precision,
-    module (arguments of PretrainModule), poison (steps, rank, what).
-    """
+def run_processes(script: str, orders: Any, world: int, folder: Path, timeout: float = 400) -> Results:
+    """Run ``python SCRIPT ORDERS.json FOLDER`` with torchrun's variables; return what each rank left in its JSON."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "cases.json").write_text(json.dumps(cases))
+    (folder / "orders.json").write_text(json.dumps(orders))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -33,7 +29,7 @@ def run_cases(cases: dict[str, dict[str, Any]], world: int, folder: Path, timeou
             **{"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world), "GROUP_RANK": "0", "NODE_RANK": "0"},
             **{"TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},
         }
-        command = [sys.executable, str(WORKER), str(folder / "cases.json"), str(folder)]
+        command = [sys.executable, str(HERE / script), str(folder / "orders.json"), str(folder)]
         with (folder / f"log{rank}.txt").open("w") as log:
             processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
     try:
@@ -44,3 +40,12 @@ def run_cases(cases: dict[str, dict[str, Any]], world: int, folder: Path, timeou
             process.wait()
     assert codes == [0] * world, "\n".join((folder / f"log{rank}.txt").read_text()[-3000:] for rank in range(world))
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
+
+
+def run_cases(cases: dict[str, dict[str, Any]], world: int, folder: Path) -> Results:
+    """Train every case on ``world`` processes; return one dict of results by case for each rank.
+
+    A case has ``strategy`` and may have steps, accumulate, ffn, num_kv_heads, tie_embeddings, grad_clip, precision,
+    module (arguments of PretrainModule), poison (steps, rank, what).
+    """
+    return run_processes("worker.py", cases, world, folder)

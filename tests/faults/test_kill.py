@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from safetensors import safe_open
-from small_run import Run, Started, assert_equal, expected_history, finish, history, losses, replace
+from small_run import Run, Started, assert_equal, expected_history, finish, history, losses, replace, validations
 
 from mhf_lightning.checkpoint.folder import checkpoints, find_newest_valid, verify
 
@@ -28,6 +28,7 @@ def uninterrupted(request, small_corpus, tmp_path_factory) -> Run:
     run = Run(small_corpus, str(folder), strategy=request.param, ranks=2, max_steps=20, every=3)
     finish(run)
     assert history(run) == expected_history(run, GLOBAL_BATCH, 20)
+    assert sorted(validations(run.logs())) == [5, 10, 15, 20]
     return run
 
 
@@ -69,6 +70,7 @@ def test_killed_runs_end_as_if_never_killed(uninterrupted, tmp_path):
 def compare(run: Run, whole: Run) -> None:
     assert history(run) == history(whole)
     assert losses(run.logs()) == losses(whole.logs())
+    assert validations(run.logs()) == validations(whole.logs())
     assert_equal(run.checkpoints / "step-20", whole.checkpoints / "step-20")
 
 

@@ -1,5 +1,6 @@
 """`mhf plan` against real models and real steps: parameters, FLOPs, saved activations, sharding, and the command."""
 
+import math
 import time
 from functools import partial
 from pathlib import Path
@@ -170,6 +171,14 @@ def test_fsdp2_divides_what_the_optimiser_owns(shards):
         # Embedding, head, norms and padding are split over data-parallel ranks only, allocations are rounded.
         assert alone.largest[part] / 4 <= sharded.largest[part] < alone.largest[part] / 2
     assert not dist.is_initialized()
+
+
+def test_fsdp2_on_ranks_that_divide_no_dimension_counts_the_fullest_rank_with_its_padding():
+    """7 ranks: a weight of 4 heads becomes 7 shards of one head, of which rank 0 always has one."""
+    parameters = list(Decoder(config()).parameters())
+    shards = [4 * math.ceil(len(p) / 7) * p[0].numel() for p in parameters]
+    memory = step(strategy="fsdp2", data_parallel=7)
+    assert memory.largest["weights"] == sum(math.ceil(size / ALLOCATION) * ALLOCATION for size in shards)
 
 
 def test_fsdp2_accumulates_whole_gradients():

@@ -165,6 +165,18 @@ class Cluster:
         """Pull a node's network cable (``down``), or put it back (``up``)."""
         run("ip", "link", "set", f"{node[-1]}v{self.tag}", state)
 
+    def configure(self, old: str, new: str) -> None:
+        """Replace a line of the configuration by another; ``#`` stands for no line."""
+        path = self.folder / "slurm.conf"
+        lines = path.read_text().splitlines()
+        if old in lines:
+            path.write_text("\n".join(new if line == old else line for line in lines) + "\n")
+            self.slurm("scontrol", "reconfigure")
+
+    def wait_idle(self) -> None:
+        """Return when all nodes are."""
+        self._wait(lambda: self.idle() == len(self.nodes), "idle nodes", 90.0)
+
     def idle(self) -> int:
         """Number of idle nodes."""
         return len(set(self.slurm("sinfo", "-h", "-N", "-t", "idle", "-o", "%N", check=False).split()))

@@ -31,16 +31,45 @@ class Recorder(Callback):
             raise KeyboardInterrupt
 
 
-def run(corpus: Path, config, folder: Path, workers: int, stop_after=None, ckpt_path=None, seed=7, extra=None):
+class Validations(Callback):
+    """Keeps what every validation found, by step; is killed in or right after one when asked to."""
+
+    def __init__(self, kill_at: int | None = None, in_batch: int | None = None) -> None:
+        self.losses: dict[int, list[float]] = {}
+        self.kill_at, self.in_batch = kill_at, in_batch
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if not trainer.sanity_checking and (trainer.global_step, batch_idx) == (self.kill_at, self.in_batch):
+            raise KeyboardInterrupt
+
+    def on_validation_end(self, trainer, pl_module):
+        if not trainer.sanity_checking:
+            self.losses.setdefault(trainer.global_step, []).append(trainer.callback_metrics["val/loss"].item())
+            if trainer.global_step == self.kill_at and self.in_batch is None:
+                raise KeyboardInterrupt
+
+
+def run(
+    corpus: Path,
+    config,
+    folder: Path,
+    workers: int,
+    stop_after=None,
+    ckpt_path=None,
+    seed=7,
+    extra=None,
+    every=5,
+    max_steps=10,
+):
     seed_everything(seed)
     recorder = Recorder(stop_after)
     module = PretrainModule(
-        config, OptimizerConfig(lr=1e-2, grad_clip=0.5), ScheduleConfig(warmup_steps=3), z_loss=1e-4
+        config, OptimizerConfig(lr=1e-2, grad_clip=0.5), ScheduleConfig(warmup_steps=3, total_steps=10), z_loss=1e-4
     )
     trainer = Trainer(
         strategy=MHFSingleDevice("cpu"),
         devices=1,
-        max_steps=10,
+        max_steps=max_steps,
         max_epochs=-1,
         accumulate_grad_batches=4,
         val_check_interval=12,  # micro-batches: validation after steps 3, 6 and 9
@@ -52,13 +81,13 @@ def run(corpus: Path, config, folder: Path, workers: int, stop_after=None, ckpt_
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        callbacks=[StepCheckpoint(folder, CheckpointConfig(every_n_steps=5)), recorder, *([extra] if extra else [])],
+        callbacks=[StepCheckpoint(folder, CheckpointConfig(every)), recorder, *([extra] if extra else [])],
     )
     data = TokenDataModule(str(corpus), micro_batch_size=3, num_workers=workers)
     try:
         trainer.fit(module, data, ckpt_path=ckpt_path)
     except (KeyboardInterrupt, SystemExit):
-        assert stop_after is not None
+        assert stop_after is not None or extra is not None
     return recorder, module, trainer
 
 
@@ -82,6 +111,57 @@ def test_resume_is_bitwise_exact(corpus, decoder_config, tmp_path, workers):
         for a, b in zip(ours.state_dict()["state"].values(), theirs.state_dict()["state"].values(), strict=True):
             assert all(torch.equal(a[key], b[key]) for key in a)
     assert resumed.tokens_seen == module.tokens_seen == 10 * 4 * 3 * 16
+
+
+@pytest.mark.parametrize("in_batch", [0, 1, None])  # None: after it
+@pytest.mark.parametrize("kill_at", [3, 9])
+def test_a_kill_in_a_validation_loses_no_point(corpus, decoder_config, tmp_path, kill_at, in_batch):
+    """Checkpoints and validations come at the same steps; the checkpoint is saved first, and not at the last step."""
+    whole, first, second = Validations(), Validations(kill_at, in_batch), Validations()
+    recorder, module, _ = run(corpus, decoder_config, tmp_path / "whole", 0, extra=whole, every=3)
+    run(corpus, decoder_config, tmp_path / "cut", 0, extra=first, every=3)
+    assert max(checkpoints(tmp_path / "cut")) == kill_at
+    path = tmp_path / "cut" / f"step-{kill_at}"
+    resumed_recorder, resumed, _ = run(
+        corpus, decoder_config, tmp_path / "cut", 0, ckpt_path=path, extra=second, every=3
+    )
+
+    assert {**first.losses, **second.losses} == whole.losses
+    assert all(len(values) == 1 for values in second.losses.values())
+    assert sorted(second.losses) == [step for step in (3, 6, 9) if step >= kill_at]
+    for step in range(kill_at + 1, 11):
+        assert resumed_recorder.losses[step] == recorder.losses[step]
+    for key, value in module.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+
+
+def test_the_last_step_is_saved_with_its_validation_done(corpus, decoder_config, tmp_path):
+    """A run whose steps are done does not train again: a validation that it lacks would be lost for good."""
+    killed, resumed = Validations(9, 1), Validations()
+    run(corpus, decoder_config, tmp_path, 0, extra=killed, every=3, max_steps=9)
+    assert max(checkpoints(tmp_path)) == 6
+    run(corpus, decoder_config, tmp_path, 0, ckpt_path=tmp_path / "step-6", extra=resumed, every=3, max_steps=9)
+    assert sorted(resumed.losses) == [6, 9]
+    assert max(checkpoints(tmp_path)) == 9
+
+
+@pytest.mark.parametrize("length", [7, 9])  # without and with a validation after its last step
+def test_a_run_made_longer_ends_as_one_that_was_always_long(corpus, decoder_config, tmp_path, length):
+    whole, first, second = Validations(), Validations(), Validations()
+    recorder, module, trainer = run(corpus, decoder_config, tmp_path / "whole", 0, extra=whole)
+    begun, _, _ = run(corpus, decoder_config, tmp_path / "cut", 0, extra=first, max_steps=length)
+    path = tmp_path / "cut" / f"step-{length}"
+    longer, resumed, resumed_trainer = run(corpus, decoder_config, tmp_path / "cut", 0, ckpt_path=path, extra=second)
+    assert begun.samples + longer.samples == recorder.samples
+    for step in range(1, 11):
+        assert (begun if step <= length else longer).losses[step] == recorder.losses[step], f"step {step}"
+    assert {**first.losses, **second.losses} == whole.losses
+    assert len(first.losses) + len(second.losses) == len(whole.losses)
+    assert trainer.fit_loop.epoch_loop._batches_that_stepped == 10  # the axis of the curves
+    assert resumed_trainer.fit_loop.epoch_loop._batches_that_stepped == 10
+    assert resumed_trainer.current_epoch == trainer.current_epoch
+    for key, value in module.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
 
 
 def test_dropout_makes_the_random_state_matter(corpus, decoder_config, tmp_path, monkeypatch):

@@ -1,0 +1,206 @@
+"""Whether training goes well: gradient norms of parts of the model, sizes of updates, and loss spikes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from mhf_lightning.callbacks import is_logging_step, write_points
+from mhf_lightning.callbacks.gathering import RankTable
+from mhf_lightning.training.gradients import ParameterGradients
+from mhf_lightning.training.module import PretrainModule
+
+SAMPLED_WEIGHTS = 2**18
+
+
+@dataclass
+class LossSpikes:
+    """Compares each step's loss with an exponential average of those before it.
+
+    A spike enters the average only up to the alarm's threshold, so that a second one is noticed too.
+
+    Attributes:
+        mean: Average of the losses, each step counting 1% more than the one before.
+        variance: Average of their squared distances from it.
+        steps: How many losses were seen.
+    """
+
+    mean: float = 0.0
+    variance: float = 0.0
+    steps: int = 0
+
+    THRESHOLD = 6.0  # standard deviations
+    WARM_UP = 50  # steps without an alarm
+    LEAST_DEVIATION = 0.01  # nats; what is smaller than THRESHOLD times this is no spike
+
+    def deviations(self, loss: float) -> float:
+        """Return how many standard deviations a loss is above the average, and take it in; 0 while warming up."""
+        deviation = max(math.sqrt(self.variance), self.LEAST_DEVIATION)
+        above = (loss - self.mean) / deviation if self.steps >= self.WARM_UP else 0.0
+        if above > self.THRESHOLD:
+            loss = self.mean + self.THRESHOLD * deviation
+        self.steps += 1
+        share = max(1 / self.steps, 0.01)
+        difference = loss - self.mean
+        self.mean += share * difference
+        self.variance = (1 - share) * (self.variance + share * difference**2)
+        return above
+
+
+class ModelHealth(Callback):
+    """Logs ``health/*``, and warns of a loss that is far above those before it.
+
+    ``health/grad_norm/GROUP`` are the norms before clipping of the parts in :func:`groups`; their squares add up to
+    that of ``train/grad_norm``. ``health/update_to_weight`` is the norm of AdamW's last update over that of the
+    weights, from a sample of both. Neither exists under DeepSpeed, nor after a step that was left out.
+    ``health/loss_spike`` is how many standard deviations the highest loss since the last logging step is above the
+    average before it; its averages are in the checkpoint.
+
+    Costs, at logging steps only: the norms of all gradients once more, a few kernels over ``SAMPLED_WEIGHTS`` elements,
+    and an exchange of two numbers on the CPU. The losses stay on the device until then.
+    """
+
+    def __init__(self) -> None:
+        self.spikes = LossSpikes()
+        self._losses: list[tuple[int, Tensor]] = []  # step, and its loss on the device
+        self._highest = 0.0
+        self._groups: dict[str, nn.ParameterList] = {}
+        self._ranks: RankTable | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: PretrainModule) -> None:  # type: ignore[override]
+        """Sort the parameters."""
+        self._groups = groups(pl_module.decoder)
+        self._ranks = RankTable()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: PretrainModule, *_: Any) -> None:  # type: ignore[override]
+        """Keep the loss of a step; at logging steps, write."""
+        if trainer.fit_loop._should_accumulate():
+            return
+        assert pl_module.step_loss is not None
+        self._losses.append((trainer.global_step, pl_module.step_loss))
+        if not is_logging_step(trainer):
+            return
+        self._look_for_spikes()
+        values = {"health/loss_spike": self._highest}
+        self._highest = 0.0
+        if any(p.grad is not None for p in pl_module.decoder.parameters()):
+            logged = trainer.callback_metrics
+            values |= self._grad_norms(float(logged["train/grad_norm"]))
+            optimizer = trainer.optimizers[0]
+            if isinstance(optimizer, torch.optim.AdamW):
+                assert self._ranks is not None
+                squares = squared_norms(optimizer, float(logged["train/lr"]))
+                update, weight = self._ranks.sum(squares.cpu()).sqrt().tolist()
+                values["health/update_to_weight"] = update / weight
+        write_points(trainer, values)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the averages up to now."""
+        self._look_for_spikes()
+        return asdict(self.spikes)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from stored averages."""
+        self.spikes = LossSpikes(**state_dict)
+
+    def _look_for_spikes(self) -> None:
+        if not self._losses:
+            return
+        steps, losses = zip(*self._losses, strict=True)
+        self._losses = []
+        for step, loss in zip(steps, torch.stack(losses).tolist(), strict=True):
+            if not math.isfinite(loss):
+                continue  # the training module has left this step out, and said so
+            average = self.spikes.mean
+            above = self.spikes.deviations(loss)
+            self._highest = max(self._highest, above)
+            if above > LossSpikes.THRESHOLD:
+                rank_zero_warn(
+                    f"loss spike: {loss:.4f} at step {step} is {above:.1f} standard deviations above the average of "
+                    f"{average:.4f}",
+                    category=RuntimeWarning,
+                )
+
+    def _grad_norms(self, before_clipping: float) -> dict[str, float]:
+        """Return the norm of each group; the gradients are those after clipping, which scaled all of them alike."""
+        norms = torch.stack([ParameterGradients(group).norm() for group in self._groups.values()]).tolist()
+        scale = before_clipping / (math.hypot(*norms) or 1.0)
+        return {f"health/grad_norm/{name}": scale * norm for name, norm in zip(self._groups, norms, strict=True)}
+
+
+def groups(decoder: nn.Module) -> dict[str, nn.ParameterList]:
+    """Sort the parameters of a decoder into embedding (with the head), attention, ffn, router and norms."""
+    found: dict[str, nn.ParameterList] = {}
+    for name, parameter in decoder.named_parameters():
+        found.setdefault(group_of(name), nn.ParameterList()).append(parameter)
+    return found
+
+
+def group_of(name: str) -> str:
+    """Return the group of a decoder's parameter by its name."""
+    parts = name.split(".")
+    if parts[-1] == "router":
+        return "router"
+    if any(part.endswith("norm") for part in parts):
+        return "norms"
+    return next((part for part in ("attention", "ffn") if part in parts), "embedding")
+
+
+@torch.no_grad()
+def squared_norms(optimizer: torch.optim.AdamW, lr: float) -> Tensor:
+    """Return this rank's share in the squared norms of AdamW's last update and of the weights, ``[2]`` float64.
+
+    They are of a sample of elements, the same for both; the sums over ranks hold every element equally often.
+    The update is worked out from the optimiser's state, so nothing has to be kept from before the step.
+
+    Args:
+        optimizer: Right after its step.
+        lr: The learning rate of that step; a schedule may have changed the optimiser's own by now.
+    """
+    total = sum(_local(p).numel() for group in optimizer.param_groups for p in group["params"])
+    stride = -(-total // SAMPLED_WEIGHTS) | 1  # odd: a power of two would stay in few columns
+    sums = torch.zeros(2, dtype=torch.float64, device=optimizer.param_groups[0]["params"][0].device)
+    for group in optimizer.param_groups:
+        by_shards: dict[int, list[Tensor]] = {}
+        for p in group["params"]:
+            if p.grad is not None:
+                by_shards.setdefault(_shards(p), []).append(p)
+        for shards, parameters in by_shards.items():
+            sums += shards * _squared_norms([(p, optimizer.state[p]) for p in parameters], group, lr, stride)
+    return sums
+
+
+def _squared_norms(
+    trained: list[tuple[Tensor, dict[str, Any]]], group: dict[str, Any], lr: float, stride: int
+) -> Tensor:
+    step = float(trained[0][1]["step"])
+    weight = _sample([p for p, _ in trained], stride)
+    mean, square = (_sample([state[key] for _, state in trained], stride) for key in ("exp_avg", "exp_avg_sq"))
+    beta1, beta2 = group["betas"]
+    direction = mean / (1 - beta1**step) / ((square / (1 - beta2**step)).sqrt() + group["eps"])
+    before = (weight + lr * direction) / (1 - lr * group["weight_decay"])
+    return torch.stack([(weight - before).square().sum(), weight.square().sum()])
+
+
+def _shards(parameter: Tensor) -> int:
+    """Return into how many parts a parameter is split; what is not split is on all ranks."""
+    if not isinstance(parameter, DTensor):
+        return 1
+    split = [dim for dim, placement in enumerate(parameter.placements) if not placement.is_replicate()]
+    return math.prod(parameter.device_mesh.size(dim) for dim in split)
+
+
+def _sample(tensors: list[Tensor], stride: int) -> Tensor:
+    """Return every ``stride``-th element of each tensor's local part, in float64."""
+    return torch.cat([_local(t).reshape(-1)[::stride] for t in tensors]).double()
+
+
+def _local(tensor: Any) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,241 @@
+"""Whether FlashMHF's gates choose: statistics of a few tokens every few hundred steps, as curves and pictures.
+
+The measures are pure functions of one layer's tensors; the callback gets those from a forward of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
+from mhf_kernels import FlashMHF
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from mhf_lightning.callbacks import is_logging_step, write_points
+from mhf_lightning.callbacks.gathering import RankTable
+from mhf_lightning.training.module import PretrainModule
+from mhf_lightning.training.ranks import data_parallel_ranks
+
+SAMPLED_TOKENS = 128
+# A sub-network is dead where its mean gate is below this share of an equal one's.
+DEAD_SHARE = 0.1
+# A sigmoid is saturated outside of these: its slope is below a 25th of the largest.
+SATURATED = (0.01, 0.99)
+
+
+class GateHealth(NamedTuple):
+    """What one layer's gate R does, for each head; E is the number of sub-networks.
+
+    Attributes:
+        entropy_token: ``[H]``, entropy of a token's gate over log E, mean over tokens: 1 is equal, 0 is one-hot.
+        entropy_mean_gate: ``[H]``, entropy of the mean gate over log E. Where it equals ``entropy_token``, the gate
+            does not depend on the token.
+        effective_subnetworks: ``[H]``, mean of 1 / sum_e R_e^2, from 1 to E.
+        dead_fraction: ``[H]``, share of sub-networks whose mean gate is below ``DEAD_SHARE / E``.
+        sigmoid_sum: ``[H]``, mean of sum_e sigmoid(P_e), what R was divided by.
+        saturation: ``[H]``, share of sigmoids outside of ``SATURATED``.
+        load: ``[H, E]``, mean gate.
+        contribution: ``[H, E]``, mean share of ``|R_e O_e|`` in its sum over sub-networks.
+    """
+
+    entropy_token: Tensor
+    entropy_mean_gate: Tensor
+    effective_subnetworks: Tensor
+    dead_fraction: Tensor
+    sigmoid_sum: Tensor
+    saturation: Tensor
+    load: Tensor
+    contribution: Tensor
+
+
+SCALARS = GateHealth._fields[:6]
+
+
+def gate_health(q: Tensor, router: Tensor, k: Tensor, u: Tensor, v: Tensor) -> GateHealth:
+    """Measure one layer's gate on some tokens.
+
+    Args:
+        q: ``[T, H, d_h]``, normalised queries.
+        router: ``[H, d_h, E]``.
+        k: ``[H_kuv, E, d_e, d_h]``, as u and v.
+        u: Up weights.
+        v: Down weights.
+    """
+    q, router = q.float(), router.float()
+    sigmoid = torch.einsum("thd,hde->the", q, router).sigmoid()
+    total = sigmoid.sum(-1, keepdim=True)
+    r = sigmoid / total.clamp_min(1e-20)
+    load = r.mean(0)
+    low, high = SATURATED
+    size = contributions(q, k, u, v, r)  # [T, H, E]
+    return GateHealth(
+        entropy_token=normalised_entropy(r).mean(0),
+        entropy_mean_gate=normalised_entropy(load),
+        effective_subnetworks=r.square().sum(-1).reciprocal().mean(0),
+        dead_fraction=(load < DEAD_SHARE / load.shape[-1]).float().mean(-1),
+        sigmoid_sum=total.mean((0, 2)),
+        saturation=((sigmoid < low) | (sigmoid > high)).float().mean((0, 2)),
+        load=load,
+        contribution=(size / size.sum(-1, keepdim=True).clamp_min(1e-20)).mean(0),
+    )
+
+
+def normalised_entropy(p: Tensor) -> Tensor:
+    """Return the entropy over the last dimension, divided by that of equal shares; 1 where there is one share only."""
+    if p.shape[-1] == 1:
+        return torch.ones_like(p[..., 0])
+    return torch.special.entr(p).sum(-1) / math.log(p.shape[-1])
+
+
+def contributions(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> Tensor:
+    """Return ``|R_e O_e|``, the norm of what each sub-network adds to S: ``[T, H, E]`` for ``q [T, H, d_h]``."""
+    heads = q.shape[1] // k.shape[0]
+    k, u, v = (w.float().repeat_interleave(heads, dim=0) for w in (k, u, v))  # [H, E, d_e, d_h]
+    hidden = F.silu(torch.einsum("thd,hefd->thef", q, k)) * torch.einsum("thd,hefd->thef", q, u)
+    return r * torch.einsum("thef,hefd->thed", hidden, v).norm(dim=-1)
+
+
+class RouterHealth(Callback):
+    """Logs ``router/*`` of every FlashMHF layer and of their mean, and two pictures a layer (sub-network x head).
+
+    It takes one sequence of each rank's current batch through the decoder once more, without gradients and uncompiled,
+    and looks at ``SAMPLED_TOKENS`` of its tokens in each layer; values are means over the data-parallel ranks. All
+    ranks take part, as the forward of a sharded model asks for. DeepSpeed's ZeRO-3 records the order in which it
+    gathers weights, which such a forward would upset: with it there is no look at the routers.
+
+    Costs a forward of one sequence every ``every_n_steps``.
+    """
+
+    def __init__(self, every_n_steps: int) -> None:
+        """Set up the callback.
+
+        Args:
+            every_n_steps: Optimiser steps between two looks, each at the next step at which Lightning logs; 0 for none.
+        """
+        self.every_n_steps = every_n_steps
+        self._layers: dict[int, FlashMHF] = {}
+        self._next = 0
+        self._ranks: RankTable | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: PretrainModule) -> None:  # type: ignore[override]
+        """Find the layers."""
+        ffns = {i: block.ffn for i, block in enumerate(pl_module.decoder.blocks)}
+        self._layers = {i: ffn for i, ffn in ffns.items() if isinstance(ffn, FlashMHF)}
+        if not self.every_n_steps:
+            self._layers = {}
+        if self._layers and getattr(trainer.strategy, "zero_stage_3", False):
+            rank_zero_info("router/*: n/a with DeepSpeed's ZeRO-3")
+            self._layers = {}
+        self._next = trainer.global_step + 1
+        self._ranks = RankTable() if self._layers else None
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: Trainer, pl_module: PretrainModule, outputs: Any, batch: dict[str, Tensor], batch_idx: int
+    ) -> None:
+        """Look, where it is time."""
+        if not self._layers or trainer.global_step < self._next or not is_logging_step(trainer):
+            return
+        self._next = trainer.global_step // self.every_n_steps * self.every_n_steps + self.every_n_steps
+        health = self._over_ranks(trainer, self._measure(trainer, pl_module, batch))
+        write_points(trainer, points(health))
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                for layer, measured in health.items():
+                    step = trainer.fit_loop.epoch_loop._batches_that_stepped
+                    for name in ("load", "contribution"):
+                        picture = heat_map(getattr(measured, name).numpy().T)
+                        logger.experiment.add_image(f"router/{name}/layer_{layer}", picture, step, dataformats="HWC")
+
+    @torch.no_grad()
+    def _measure(self, trainer: Trainer, module: PretrainModule, batch: dict[str, Tensor]) -> dict[int, GateHealth]:
+        """Run one sequence through the decoder; the layers' inputs are caught on their way, and nothing is kept."""
+        health: dict[int, GateHealth] = {}
+
+        def look(layer: int, ffn: FlashMHF, x: Tensor) -> None:
+            q = _local(ffn.queries(x))[0]  # [L, H, d_h]
+            q = q[:: -(-len(q) // SAMPLED_TOKENS)]
+            health[layer] = gate_health(q, *(_local(w) for w in (ffn.router, ffn.k, ffn.u, ffn.v)))
+
+        hooks = [
+            # After the hook that splits heads, and inside of FSDP2's: the layer's input and weights are as in training.
+            ffn.register_forward_pre_hook(lambda ffn, x, layer=layer: look(layer, ffn, x[0]))
+            for layer, ffn in self._layers.items()
+        ]
+        one = {key: value[:1] for key, value in batch.items() if key in ("position_ids", "document_ids")}
+        training = module.decoder.training
+        module.decoder.eval()
+        try:
+            with torch.compiler.set_stance("force_eager"), trainer.precision_plugin.forward_context():
+                module.decoder(batch["input_ids"][:1], batch["labels"][:1], **one)
+        finally:
+            module.decoder.train(training)
+            for hook in hooks:
+                hook.remove()
+        return health
+
+    def _over_ranks(self, trainer: Trainer, health: dict[int, GateHealth]) -> dict[int, GateHealth]:
+        """Put the heads of a split replica together, and take the mean over data-parallel ranks; a collective."""
+        assert self._ranks is not None
+        split = trainer.world_size // data_parallel_ranks(trainer)[1]
+        part = trainer.global_rank % split  # a replica's ranks are neighbours
+
+        def placed(value: Tensor) -> Tensor:
+            whole = torch.zeros(len(value) * split, *value.shape[1:], dtype=torch.float64)
+            whole[part * len(value) : (part + 1) * len(value)] = value.cpu()
+            return whole
+
+        parts = {layer: [placed(value) for value in measured] for layer, measured in health.items()}
+        values = [value for whole in parts.values() for value in whole]
+        mean = self._ranks.sum(torch.cat([value.flatten() for value in values])) / data_parallel_ranks(trainer)[1]
+        pieces = iter(mean.split([value.numel() for value in values]))
+        return {layer: GateHealth(*(next(pieces).view_as(v) for v in whole)) for layer, whole in parts.items()}
+
+
+def points(health: dict[int, GateHealth]) -> dict[str, float]:
+    """Return the curves: each scalar's mean over heads, by layer and over layers."""
+    values = {}
+    for name in SCALARS:
+        by_layer = {layer: float(getattr(measured, name).mean()) for layer, measured in health.items()}
+        values[f"router/{name}/mean"] = sum(by_layer.values()) / len(by_layer)
+        values |= {f"router/{name}/layer_{layer}": value for layer, value in by_layer.items()}
+    return values
+
+
+# Blue for less than an equal share, white for it, red for more (ColorBrewer's RdBu).
+_COLOURS = np.array(
+    [[5, 48, 97], [67, 147, 195], [209, 229, 240], [255, 255, 255], [253, 219, 199], [214, 96, 77], [103, 0, 31]],
+    dtype=np.float64,
+)
+_OCTAVES = 3.0
+_CELL = 16  # pixels
+
+
+def heat_map(shares: np.ndarray) -> np.ndarray:
+    """Draw shares ``[E, H]``, whose columns sum to 1, as an image ``[pixels, pixels, 3]`` of uint8.
+
+    The colour of a cell is its share over an equal one, 1/E, on a fixed logarithmic scale from 1/8 to 8, so that
+    pictures of different steps and layers can be compared; the column at the right is that scale, 8 at its top.
+    """
+    e = len(shares)
+    cells = np.log2(np.maximum(shares * e, 1e-9))
+    cells = np.kron(cells, np.ones((_CELL, _CELL)))
+    gap = np.full((e * _CELL, _CELL // 2), np.nan)
+    scale = np.linspace(_OCTAVES, -_OCTAVES, e * _CELL)[:, None].repeat(_CELL, axis=1)
+    image = np.concatenate((cells, gap, scale), axis=1)
+    position = (np.clip(image, -_OCTAVES, _OCTAVES) / _OCTAVES + 1) / 2 * (len(_COLOURS) - 1)
+    drawn = np.full((*image.shape, 3), 255.0)
+    known = ~np.isnan(image)
+    for channel in range(3):
+        drawn[known, channel] = np.interp(position[known], np.arange(len(_COLOURS)), _COLOURS[:, channel])
+    return drawn.round().astype(np.uint8)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

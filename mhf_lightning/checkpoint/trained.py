@@ -1,0 +1,170 @@
+"""A trained model as its run folder holds it: weights, architecture and step from a checkpoint, and the tokenizer.
+
+Imports ``files.py``, ``folder.py``, ``shards.py``, the model and the data package. Nothing in the files is executed.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from mhf_lightning.checkpoint.files import CheckpointError
+from mhf_lightning.checkpoint.folder import find_newest_valid, verify
+from mhf_lightning.checkpoint.shards import Reader, read_trainer
+from mhf_lightning.data.errors import DataError
+from mhf_lightning.data.manifest import Manifest, check_file
+from mhf_lightning.data.tokenizer import load_tokenizer
+from mhf_lightning.model import Decoder, DecoderConfig
+
+_WEIGHTS = "model/decoder."  # what PretrainModule's decoder is called in a checkpoint
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model as it was saved.
+
+    Attributes:
+        run_dir: Folder of the run; None where the checkpoint lies in none.
+        checkpoint: The folder that was read.
+        config: Architecture.
+        weights: By the names of :class:`~mhf_lightning.model.Decoder`; a tied head stands there too.
+        step: Optimiser steps done.
+        tokens_seen: Tokens trained on.
+    """
+
+    run_dir: Path | None
+    checkpoint: Path
+    config: DecoderConfig
+    weights: dict[str, Tensor]
+    step: int
+    tokens_seen: int | None
+
+    def decoder(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Decoder:
+        """Build the model, in evaluation mode; by default as saved, on the CPU.
+
+        Raises:
+            CheckpointError: The weights do not fit the architecture.
+        """
+        with torch.device("meta"):
+            decoder = Decoder(self.config)
+        try:
+            decoder.load_state_dict(self.weights, assign=True)
+        except RuntimeError as error:
+            raise CheckpointError(f"{self.checkpoint} does not fit its own architecture: {error}") from error
+        if self.config.tie_embeddings:
+            decoder.head.weight = decoder.embedding.weight
+        return decoder.requires_grad_(False).eval().to(device=device, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """How a model reads text: the tokenizer of its dataset, the token that ends documents, and L of the blocks."""
+
+    path: Path
+    tokenizer: Tokenizer
+    eos_token: str
+    eos_id: int
+    context_length: int
+
+
+def find_checkpoint(run: Path) -> Path:
+    """Return the newest valid checkpoint of a run folder, or the checkpoint itself where ``run`` is one (``step-N``).
+
+    Says on stderr which newer ones are damaged.
+
+    Raises:
+        CheckpointError: There is none, or none is valid.
+    """
+    if not run.is_dir():
+        raise CheckpointError(f"{run} is no folder; give that of a run, or a checkpoint (.../checkpoints/step-N)")
+    if re.fullmatch(r"step-\d+", run.name):
+        verify(run)
+        return run
+    path, skipped = find_newest_valid(run / "checkpoints")
+    for message in skipped:
+        print(f"mhf: warning: skipped a checkpoint: {message}", file=sys.stderr)
+    if path is None:
+        raise CheckpointError(
+            f"{run} holds no checkpoint: the run has not saved yet (mhf fit --checkpoint.every_n_steps), or it is "
+            "another folder"
+        )
+    return path
+
+
+def read_trained(run: Path) -> Trained:
+    """Read the newest valid checkpoint of a run folder, or one that is named, as :func:`find_checkpoint`.
+
+    Raises:
+        CheckpointError: There is none, or it is damaged or DeepSpeed's.
+    """
+    checkpoint = find_checkpoint(run)
+    manifest = verify(checkpoint)
+    if manifest.kind != "sharded":
+        raise CheckpointError(
+            f"{checkpoint} is a {manifest.kind} checkpoint, which only DeepSpeed reads: "
+            f"run python {checkpoint}/zero_to_fp32.py {checkpoint} OUTPUT --tag checkpoint"
+        )
+    reader, trainer = Reader(checkpoint), read_trainer(checkpoint)
+    shapes = sorted(reader.shapes(_WEIGHTS).items())
+    weights = {name: torch.empty(like.shape, dtype=like.dtype) for name, like in shapes}
+    reader.load({_WEIGHTS + name: tensor for name, tensor in weights.items()})
+    reader.close()
+    try:
+        config = DecoderConfig.from_dict(trainer["decoder_config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint} has no architecture that this version knows: {error!r}") from error
+    folder = checkpoint.resolve().parent
+    run_dir = (run if run != checkpoint else folder.parent) if folder.name == "checkpoints" else None
+    return Trained(run_dir, checkpoint, config, weights, manifest.step, trainer.get("tokens_seen"))
+
+
+def read_vocabulary(trained: Trained, data: Path | None = None) -> Vocabulary:
+    """Read the tokenizer of a model's dataset.
+
+    Args:
+        trained: The model.
+        data: The prepared dataset; by default the one that the run's configuration names.
+
+    Raises:
+        DataError: It is not there, damaged, or of more tokens than the model has.
+    """
+    if data is None:
+        data = _dataset_of(trained)
+    manifest = Manifest.load(data)
+    check_file(data, manifest.tokenizer, hashed=True)
+    if manifest.vocab_size > trained.config.vocab_size:
+        raise DataError(
+            f"the tokenizer of {data} has {manifest.vocab_size} tokens, the model of {trained.checkpoint} only "
+            f"{trained.config.vocab_size}: it was trained with another. Give its dataset with --data."
+        )
+    tokenizer = load_tokenizer(data / manifest.tokenizer.file, manifest.eos_token)
+    return Vocabulary(
+        data / manifest.tokenizer.file, tokenizer, manifest.eos_token, manifest.eos_id, manifest.context_length
+    )
+
+
+def _dataset_of(trained: Trained) -> Path:
+    """``data.path`` of the run's last start."""
+    starts: dict[int, Path] = {}
+    for path in trained.run_dir.glob("config*.yaml") if trained.run_dir is not None else ():
+        if name := re.fullmatch(r"config(?:-resume-(\d+))?\.yaml", path.name):
+            starts[int(name[1] or 0)] = path
+    if not starts:
+        raise DataError(f"{trained.checkpoint} lies in no run folder with a config.yaml. Give the dataset with --data.")
+    path = starts[max(starts)]
+    try:
+        data = Path(yaml.safe_load(path.read_text(encoding="utf-8"))["data"]["path"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise DataError(f"{path} does not say what data the run read ({error!r}). Give it with --data.") from error
+    if not data.is_dir():
+        raise DataError(
+            f"the run's dataset {data} (data.path in {path}) is not here. Run this where it is, or give it with --data."
+        )
+    return data

@@ -1,0 +1,206 @@
+"""Folders for transformers: written from a trained run, and read as a start for training."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from mhf_lightning.checkpoint.files import write_tensors
+from mhf_lightning.checkpoint.trained import Trained, Vocabulary, read_vocabulary
+from mhf_lightning.data.tokenizer import vocab_size_of
+from mhf_lightning.hf.card import model_card
+from mhf_lightning.hf.model import FlashMHFConfig, FlashMHFForCausalLM
+from mhf_lightning.model import Decoder, DecoderConfig, FFNConfig
+
+# What a Llama calls the parts of a decoder with a SwiGLU.
+_LLAMA_NAMES = {
+    r"model\.embed_tokens\.": "embedding.",
+    r"model\.layers\.": "blocks.",
+    r"input_layernorm\.": "attention_norm.",
+    r"post_attention_layernorm\.": "ffn_norm.",
+    r"self_attn\.": "attention.",
+    r"mlp\.(gate|up|down)_proj\.": r"ffn.\1.",
+    r"model\.norm\.": "final_norm.",
+    r"lm_head\.": "head.",
+}
+
+
+def export_hf(trained: Trained, output: Path, *, data: Path | None, dtype: str, max_shard_size: str) -> None:
+    """Write config.json, safetensors, tokenizer files and a model card.
+
+    Args:
+        trained: The model.
+        output: The folder, which appears when it is complete.
+        data: Dataset with the tokenizer; None is that of the run.
+        dtype: A name of torch to round the weights to, or ``saved``.
+        max_shard_size: Of a safetensors file, such as ``5GB``.
+
+    Raises:
+        ValueError: The folder exists, or the tokenizer is missing or does not match.
+    """
+    if output.exists():
+        raise ValueError(f"{output} exists; move it away, or give another OUT")
+    if not re.fullmatch(r"\d+[KMGT]?B", max_shard_size):
+        raise ValueError(f"--max_shard_size is {max_shard_size!r}; give a number with KB, MB or GB, such as 5GB")
+    vocabulary = read_vocabulary(trained, data)
+    config = FlashMHFConfig.from_decoder(
+        trained.config,
+        max_position_embeddings=vocabulary.context_length,
+        bos_token_id=vocabulary.eos_id,  # in the training data each document follows one
+        eos_token_id=vocabulary.eos_id,
+        pad_token_id=vocabulary.eos_id,
+    )
+    with torch.device("meta"):
+        model = FlashMHFForCausalLM(config)
+    model.model = trained.decoder(dtype=None if dtype == "saved" else getattr(torch, dtype))
+    unfinished = output.with_name(output.name + ".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    logging.disable_progress_bar()
+    model.save_pretrained(unfinished, max_shard_size=max_shard_size)
+    tokenizer_of(vocabulary).save_pretrained(unfinished)
+    (unfinished / "README.md").write_text(model_card(trained, vocabulary, dtype), encoding="utf-8")
+    unfinished.rename(output)
+
+
+def tokenizer_of(vocabulary: Vocabulary) -> PreTrainedTokenizerFast:
+    """Wrap a dataset's tokenizer: the same tokens of any text, and padding on the left, as generation wants it."""
+    eos = vocabulary.eos_token
+    return PreTrainedTokenizerFast(
+        tokenizer_object=vocabulary.tokenizer,
+        bos_token=eos,
+        eos_token=eos,
+        pad_token=eos,
+        padding_side="left",
+        model_max_length=vocabulary.context_length,
+        split_special_tokens=True,  # text that spells EOS is text
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def import_hf(folder: Path, output: Path) -> tuple[DecoderConfig, str]:
+    """Turn a folder of transformers into weights and configuration that ``mhf fit`` starts from.
+
+    ``output`` gets ``model.safetensors``, ``model.yaml`` and, where the folder has one, ``tokenizer.json``.
+
+    Args:
+        folder: Of a FlashMHFForCausalLM, or of a LlamaForCausalLM without biases and with plain rotary embeddings.
+        output: The folder to write.
+
+    Returns:
+        The architecture, and the name of the one that was read.
+
+    Raises:
+        ValueError: ``output`` exists, or the folder is damaged, of an unknown architecture, or has another tokenizer.
+    """
+    if output.exists():
+        raise ValueError(f"{output} exists; move it away, or give another OUT")
+    about = folder / "config.json"
+    try:
+        model_type = json.loads(about.read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{about} cannot be read ({error!r}); give the folder of a Hugging Face model") from error
+    if model_type not in ("flash_mhf", "llama"):
+        raise ValueError(f"{about} is of the architecture {model_type!r}; known are flash_mhf and llama")
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what transformers warns of is refused here
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        source = AutoConfig.from_pretrained(folder, **local)
+        config = source.to_decoder() if isinstance(source, FlashMHFConfig) else _decoder_config(source)
+        _check_tokenizer(folder, config)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", use_safetensors=True, output_loading_info=True, **local
+        )
+    except (OSError, RuntimeError, TypeError, SafetensorError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"{folder} cannot be read as a {model_type} model: {first}") from error
+    model, loading = loaded
+    wrong = sorted(
+        str(name) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in loading[kind]
+    )
+    if wrong:
+        raise ValueError(f"{folder} does not hold the weights that its config.json describes: {', '.join(wrong[:5])}")
+    weights = _named_as_ours(model.state_dict(), model_type)
+    with torch.device("meta"):
+        Decoder(config).load_state_dict(weights, assign=True)  # names and shapes
+    unfinished = output.with_name(output.name + ".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    write_tensors(unfinished / "model.safetensors", weights)
+    decoder = config.to_dict()
+    decoder["ffn"] = {key: value for key, value in decoder["ffn"].items() if value is not None}
+    start = {"model": {"init_from": os.path.abspath(output / "model.safetensors"), "decoder": decoder}}
+    text = f"# From {folder} ({model_type}), for mhf fit --config\n{yaml.safe_dump(start, sort_keys=False)}"
+    (unfinished / "model.yaml").write_text(text, encoding="utf-8")
+    if (folder / "tokenizer.json").exists():
+        shutil.copyfile(folder / "tokenizer.json", unfinished / "tokenizer.json")
+    unfinished.rename(output)
+    return config, model_type
+
+
+def _decoder_config(source: LlamaConfig) -> DecoderConfig:
+    """Of a Llama.
+
+    Raises:
+        ValueError: It has what the decoder has not.
+    """
+    rope: Any = source.rope_parameters
+    wanted = {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "head_dim": source.hidden_size // source.num_attention_heads,
+    }
+    other = [f"{key} {getattr(source, key)}" for key, value in wanted.items() if getattr(source, key) != value]
+    if rope.get("rope_type", "default") != "default":
+        other.append(f"rope_type {rope['rope_type']}")
+    if other:
+        raise ValueError(f"this Llama has {', '.join(other)}, which the decoder of this package does not have")
+    return DecoderConfig(
+        vocab_size=source.vocab_size,
+        d_model=source.hidden_size,
+        num_layers=source.num_hidden_layers,
+        num_attention_heads=source.num_attention_heads,
+        num_kv_heads=source.num_key_value_heads,
+        ffn=FFNConfig("swiglu", d_ff=source.intermediate_size),
+        rope_theta=float(rope["rope_theta"]),
+        norm_eps=source.rms_norm_eps,
+        tie_embeddings=source.tie_word_embeddings,
+    )
+
+
+def _check_tokenizer(folder: Path, config: DecoderConfig) -> None:
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        return
+    try:
+        tokens = vocab_size_of(Tokenizer.from_file(str(path)))
+    except Exception as error:  # the Rust library raises plain Exception
+        raise ValueError(f"{path} cannot be read ({error})") from error
+    if tokens > config.vocab_size:
+        raise ValueError(
+            f"{path} has {tokens} tokens, the model only {config.vocab_size}: it is of another model; remove it"
+        )
+
+
+def _named_as_ours(weights: dict[str, Tensor], model_type: str) -> dict[str, Tensor]:
+    if model_type == "flash_mhf":
+        return {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    renamed = {}
+    for name, tensor in weights.items():
+        for pattern, ours in _LLAMA_NAMES.items():
+            name = re.sub(pattern, ours, name)  # noqa: PLW2901
+        renamed[name] = tensor
+    return renamed
