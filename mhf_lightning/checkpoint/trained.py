@@ -24,6 +24,7 @@ from mhf_lightning.data.tokenizer import load_tokenizer
 from mhf_lightning.model import Decoder, DecoderConfig
 
 _WEIGHTS = "model/decoder."  # what PretrainModule's decoder is called in a checkpoint
+_DATA = "TokenDataModule"  # and the state of the data
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Trained:
         weights: By the names of :class:`~mhf_lightning.model.Decoder`; a tied head stands there too.
         step: Optimiser steps done.
         tokens_seen: Tokens trained on.
+        tokenizer_sha256: Of the file that its tokens are of; None where the checkpoint does not say.
     """
 
     run_dir: Path | None
@@ -45,6 +47,7 @@ class Trained:
     weights: dict[str, Tensor]
     step: int
     tokens_seen: int | None
+    tokenizer_sha256: str | None
 
     def decoder(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Decoder:
         """Build the model, in evaluation mode; by default as saved, on the CPU.
@@ -122,7 +125,8 @@ def read_trained(run: Path) -> Trained:
         raise CheckpointError(f"{checkpoint} has no architecture that this version knows: {error!r}") from error
     folder = checkpoint.resolve().parent
     run_dir = (run if run != checkpoint else folder.parent) if folder.name == "checkpoints" else None
-    return Trained(run_dir, checkpoint, config, weights, manifest.step, trainer.get("tokens_seen"))
+    tokenizer = trainer.get(_DATA, {}).get("tokenizer_sha256")
+    return Trained(run_dir, checkpoint, config, weights, manifest.step, trainer.get("tokens_seen"), tokenizer)
 
 
 def read_vocabulary(trained: Trained, data: Path | None = None) -> Vocabulary:
@@ -133,12 +137,19 @@ def read_vocabulary(trained: Trained, data: Path | None = None) -> Vocabulary:
         data: The prepared dataset; by default the one that the run's configuration names.
 
     Raises:
-        DataError: It is not there, damaged, or of more tokens than the model has.
+        DataError: It is not there, damaged, not the one that the model was trained with, or of more tokens than the
+            model has.
     """
     if data is None:
         data = _dataset_of(trained)
     manifest = Manifest.load(data)
     check_file(data, manifest.tokenizer, hashed=True)
+    if trained.tokenizer_sha256 not in (None, manifest.tokenizer.sha256):
+        raise DataError(
+            f"the tokenizer of {data} (sha256 {manifest.tokenizer.sha256[:12]}) is not the one that the model of "
+            f"{trained.checkpoint} was trained with (sha256 {trained.tokenizer_sha256[:12]}). Give the dataset that it "
+            "was trained on, or a copy, with --data."
+        )
     if manifest.vocab_size > trained.config.vocab_size:
         raise DataError(
             f"the tokenizer of {data} has {manifest.vocab_size} tokens, the model of {trained.checkpoint} only "

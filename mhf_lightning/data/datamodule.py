@@ -122,12 +122,13 @@ class TokenDataModule(LightningDataModule):
         return self.val_dataloader()
 
     def state_dict(self) -> dict[str, Any]:
-        """The data cursor: samples consumed over all ranks, and what order they are counted in."""
+        """The data cursor: samples consumed over all ranks, and what order they are counted in; and whose tokens."""
         return {
             "consumed_samples": self.consumed_samples,
             "seed": self.seed,
             "global_batch": self._global_batch(),
             "dataset_id": self.manifest.dataset_id,
+            "tokenizer_sha256": self.manifest.tokenizer.sha256,  # for those who use the model: checkpoint/trained.py
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -50,10 +50,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, eos_token: str = EOS_
 
 
 def load_tokenizer(path: str | Path, eos_token: str = EOS_TOKEN) -> Tokenizer:
-    """Load a `tokenizer.json`; text that spells a special token does not become that token.
+    """Load a `tokenizer.json`; text that spells a special token does not become that token, and none is added to text.
 
-    Use this and not `Tokenizer.from_file`: the file format does not store `encode_special_tokens`. `eos_id_of` gives
-    the id of EOS.
+    Use this and not `Tokenizer.from_file`, so that a prompt becomes the tokens that the text of a dataset became: the
+    file format does not store `encode_special_tokens`, and may add BOS and the like. `eos_id_of` gives the id of EOS.
 
     Raises:
         DataError: No such file, not a tokenizer, or without `eos_token` (its special tokens are named).
@@ -90,9 +90,10 @@ def tokenizer_from_json(text: str, eos_token: str, origin: str) -> Tokenizer:
 
 
 def _made_safe(tokenizer: Tokenizer, eos_token: str) -> Tokenizer:
-    """EOS marks the end of a document and nothing else, whatever a document says."""
+    """EOS marks the end of a document and nothing else, whatever a document says; the rest is the text's tokens."""
     tokenizer.add_special_tokens([eos_token])  # keeps the id; an ordinary added token would be found in text
     tokenizer.encode_special_tokens = True
+    tokenizer.post_processor = None  # a Llama's puts BOS before each text
     return tokenizer
 
 
@@ -161,6 +162,6 @@ def _encodings(tokenizer: Tokenizer, pieces: list[str]) -> Iterator[list[int]]:
         group.append(piece)
         size += len(piece)
         if size >= PIECE_CHARACTERS or number + 1 == len(pieces):
-            for encoding in tokenizer.encode_batch_fast(group, add_special_tokens=False):
+            for encoding in tokenizer.encode_batch_fast(group):
                 yield encoding.ids
             group, size = [], 0

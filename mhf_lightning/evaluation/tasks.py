@@ -34,8 +34,8 @@ class DecoderLM(TemplateLM):
         return self.vocabulary.eos_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Encode a text; no special token is ever added."""
-        return self.vocabulary.tokenizer.encode(string, add_special_tokens=False).ids
+        """Encode a text; our tokenizers never add a special token."""
+        return self.vocabulary.tokenizer.encode(string).ids
 
     def _loglikelihood_tokens(
         self, requests: Any, disable_tqdm: bool = False, **kwargs: Any

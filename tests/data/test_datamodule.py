@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import subprocess
@@ -104,6 +105,7 @@ def test_state(prepared, dataset):
     data = TokenDataModule(str(prepared), 2, seed=7)
     data.consumed_samples = 12
     state = json.loads(json.dumps(data.state_dict()))
+    assert state["tokenizer_sha256"] == hashlib.sha256((dataset / "tokenizer.json").read_bytes()).hexdigest()
     again = TokenDataModule(str(dataset), 2, seed=7)  # a copy of the dataset elsewhere
     again.load_state_dict(state)
     assert again.consumed_samples == 12

@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from mhf_lightning.data import tokenizer as module
 from mhf_lightning.data.errors import DataError
@@ -68,6 +68,19 @@ def test_truncation_and_padding_of_the_file_are_off(trained, tmp_path):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     loaded = load_tokenizer(tmp_path)  # a folder with one in it
     assert loaded.encode("a b c d e f g h").ids == trained.encode("a b c d e f g h").ids
+
+
+def test_no_token_is_added_to_text(trained, tmp_path):
+    """As a Llama's tokenizer.json adds BOS."""
+    llama = Tokenizer.from_str(trained.to_str())
+    llama.add_special_tokens(["<s>"])
+    llama.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 500)])
+    assert llama.encode("a b").ids == [500, *trained.encode("a b").ids]
+    llama.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.encode("a b").ids == trained.encode("a b").ids
+    assert encode_documents(loaded, ["a b"], 0)[0].tolist() == [*trained.encode("a b").ids, 0]
+    assert tokenizer_from_json(loaded.to_str(), EOS_TOKEN, "here").encode("a b").ids == trained.encode("a b").ids
 
 
 def test_load_errors(trained, tmp_path):

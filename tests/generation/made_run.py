@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from mhf_lightning.checkpoint.shards import Ranks, SaveOptions, snapshot, write
 from mhf_lightning.data.prepare import prepare
@@ -24,12 +26,23 @@ OPTIONS = {
 }
 
 
-def make_corpus(folder: Path) -> Path:
-    """Some of the standard library in blocks of 48 tokens, vocabulary 320."""
+def make_corpus(folder: Path, tokenizer: Path | None = None) -> Path:
+    """Some of the standard library in blocks of 48 tokens, vocabulary 320 or of a tokenizer."""
     sources = sorted(Path(sysconfig.get_path("stdlib"), "json").glob("*.py"))
-    options = {"context_length": CONTEXT, "vocab_size": VOCAB, "validation_fraction": 0.2, "num_workers": 1}
+    options = {"context_length": CONTEXT, "validation_fraction": 0.2, "num_workers": 1}
+    options |= {"vocab_size": VOCAB} if tokenizer is None else {"tokenizer": str(tokenizer)}
     prepare([str(path) for path in sources], str(folder), **options)
     return folder
+
+
+def make_llama_corpus(corpus: Path, folder: Path) -> Path:
+    """The same, of its tokenizer as a Llama has it: BOS, with an id of its own, stands before each text."""
+    tokenizer = Tokenizer.from_file(str(corpus / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", VOCAB)])
+    assert tokenizer.encode("x").ids[0] == VOCAB
+    tokenizer.save(str(folder / "llama-tokenizer.json"))
+    return make_corpus(folder / "llama-data", folder / "llama-tokenizer.json")
 
 
 def build(name: str = "flash_mhf", **changes) -> Decoder:
@@ -42,12 +55,17 @@ def build(name: str = "flash_mhf", **changes) -> Decoder:
     return decoder
 
 
-def make_run(folder: Path, decoder: Decoder, corpus: Path, step: int = 7) -> Path:
-    """Write the decoder as a run's checkpoint of ``step``; call again for later ones."""
+def make_run(folder: Path, decoder: Decoder, corpus: Path, step: int = 7, tokenizer: str | None = None) -> Path:
+    """Write the decoder as a run's checkpoint of ``step``; call again for later ones.
+
+    With ``tokenizer``, the hash of its file, as newer versions do.
+    """
     folder.mkdir(exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump({"data": {"path": str(corpus)}}))
     state = {f"model/decoder.{name}": tensor for name, tensor in decoder.state_dict().items()}
     trainer = {"global_step": step, "decoder_config": decoder.config.to_dict(), "tokens_seen": step * 100}
+    if tokenizer is not None:
+        trainer["TokenDataModule"] = {"tokenizer_sha256": tokenizer}
     (folder / "checkpoints").mkdir(exist_ok=True)
     ranks = Ranks()
     write(folder / f"checkpoints/step-{step}", snapshot(state, (trainer, {}), ranks), step, {}, ranks, SaveOptions())

@@ -1,12 +1,15 @@
 """`mhf generate` on run folders: it prints what the model says, and whatever is wrong is one line."""
 
+import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
-from made_run import CONTEXT, VOCAB, build, make_run, mhf, one_line
+from made_run import CONTEXT, VOCAB, build, make_llama_corpus, make_run, mhf, one_line
 
+from mhf_lightning.data.manifest import FileEntry, Manifest, sha256_of
 from mhf_lightning.data.tokenizer import load_tokenizer
 
 PROMPT = "def load("
@@ -30,6 +33,33 @@ def test_prints_the_most_likely_text_and_the_speed(made_run, made_corpus, capsys
     prompt_tokens = len(tokenizer.encode(PROMPT).ids)
     assert re.search(rf"step-7: prefill {prompt_tokens} tokens in [\d.]+ s, [\d,]+ tokens/s; ", err)
     assert re.search(r"decode 8 tokens in [\d.]+ s, [\d,.]+ tokens/s$", err.strip())
+
+
+def test_the_prompt_becomes_the_tokens_that_text_became_in_the_data(made_corpus, tmp_path, capsys):
+    corpus = make_llama_corpus(made_corpus, tmp_path)
+    run = make_run(tmp_path / "run", build(vocab_size=VOCAB + 1), corpus)
+    _, err = mhf(capsys, "generate", str(run), "--prompt", PROMPT, "--temperature", "0", "--max_new_tokens", "2")
+    assert f"prefill {len(load_tokenizer(made_corpus).encode(PROMPT).ids)} tokens" in err
+
+
+def test_another_tokenizer_than_that_of_the_training_is_refused(made_run, made_corpus, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(made_corpus, other)
+    content = json.loads((other / "tokenizer.json").read_text())
+    ids = content["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]  # of the same size
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    replace(Manifest.load(other), tokenizer=FileEntry.of(other / "tokenizer.json")).save(other)
+    trained_with = Manifest.load(made_corpus).tokenizer.sha256
+    make_run(made_run, build(), made_corpus, step=9, tokenizer=trained_with)
+    options = ("generate", str(made_run), "--prompt", PROMPT, "--temperature", "0")
+    error = one_line(mhf(capsys, *options, "--data", str(other), code=2))
+    found = sha256_of(other / "tokenizer.json")
+    for words in (str(other), found[:12], f"{made_run}/checkpoints/step-9", trained_with[:12], "--data"):
+        assert words in error
+    assert mhf(capsys, *options)[0].startswith(PROMPT)
+    older = ("generate", str(made_run / "checkpoints/step-7"), *options[2:])  # does not say; goes on
+    assert mhf(capsys, *older, "--data", str(other))[0].startswith(PROMPT)
 
 
 def test_the_seed_decides(made_run, capsys):

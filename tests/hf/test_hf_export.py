@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from made_run import CONTEXT, OPTIONS, VOCAB, add_history, build, make_run, mhf, one_line
+from made_run import CONTEXT, OPTIONS, VOCAB, add_history, build, make_llama_corpus, make_run, mhf, one_line
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -137,6 +137,13 @@ def test_the_tokenizer_gives_the_same_tokens(folder, made_corpus, text):
     assert (theirs.eos_token, theirs.eos_token_id, theirs.pad_token_id) == ("<|endoftext|>", 0, 0)
     assert theirs.decode([*ids, 0], skip_special_tokens=True) == text
     assert (theirs.padding_side, theirs.model_max_length) == ("left", CONTEXT)
+
+
+def test_the_tokenizer_of_a_llama_adds_nothing_either(made_corpus, tmp_path, capsys):
+    run = make_run(tmp_path / "run", build(vocab_size=VOCAB + 1), make_llama_corpus(made_corpus, tmp_path))
+    mhf(capsys, "export", "--to", "hf", str(run), str(tmp_path / "hf"))
+    ids = load_tokenizer(made_corpus).encode("def f(x):").ids
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf")("def f(x):")["input_ids"] == ids
 
 
 def test_the_card_gives_the_run_s_figures(made_run, tmp_path, capsys):

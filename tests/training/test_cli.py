@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mhf_lightning.checkpoint import verify
+from mhf_lightning.checkpoint.trained import read_trained
+from mhf_lightning.data.manifest import Manifest
 from mhf_lightning.model import Decoder, DecoderConfig, FFNConfig
 
 pytestmark = pytest.mark.slow
@@ -132,6 +134,11 @@ def test_export_writes_a_file_that_the_decoder_loads(trained, tmp_path):
     saved = load_file(run_dir / "checkpoints/step-8/shard-00000.safetensors")
     assert all(value.equal(saved[f"model/decoder.{name}"]) for name, value in decoder.state_dict().items())
     assert "exists; move it away" in mhf("export", str(run_dir), str(output), code=2)
+
+
+def test_the_checkpoint_says_whose_tokens_it_was_trained_on(trained, corpus):
+    run_dir, _, _ = trained
+    assert read_trained(run_dir / "checkpoints/step-8").tokenizer_sha256 == Manifest.load(corpus).tokenizer.sha256
 
 
 def test_last_without_a_checkpoint_is_an_error(corpus, tmp_path):
