@@ -43,7 +43,12 @@ def build_parser() -> SuggestingParser:
         help="perplexity: tokens that each window of a long document scores; default half the context.",
     )
     parser.add_argument("--text_key", type=str, default="text", help="perplexity: key or column with the text.")
-    parser.add_argument("--name", type=str, default="perplexity", help="perplexity: what to call the result.")
+    parser.add_argument(
+        "--skip_bad", metavar="N", type=int, default=0, help="perplexity: bad documents to leave out at most."
+    )
+    parser.add_argument(
+        "--name", type=str | None, default=None, help="What to call the result; default perplexity, or the tasks."
+    )
     parser.add_argument("--task_dir", type=str | None, default=None, help="tasks: folder with task YAML of your own.")
     parser.add_argument(
         "--num_fewshot", type=int | None, default=None, help="tasks: examples; default each task's own."
@@ -65,8 +70,20 @@ def main(args: list[str]) -> int:
             raise ValueError("there is nothing to evaluate: give --tasks NAMES or --perplexity FILES")
         if options.batch_size < 1:
             raise ValueError(f"--batch_size is {options.batch_size}; it must be at least 1")
-        if not re.fullmatch(r"[\w.-]+", options.name):
-            raise ValueError(f"--name is {options.name!r}; give letters, digits, '.', '_' and '-' only")
+        if options.name is not None and tasks and options.perplexity:
+            raise ValueError(
+                "--name would be that of two results: give --tasks and --perplexity in two calls, or no name"
+            )
+        settings = _settings(options)
+        name = options.name or (_named_after(tasks, settings) if tasks else "perplexity")
+        if not re.fullmatch(r"[\w.-]{1,200}", name):
+            raise ValueError(f"--name is {name!r}; give letters, digits, '.', '_' and '-' only, 200 at most")
+        if tasks:  # before anything that takes long
+            try:
+                from mhf_lightning.evaluation.tasks import evaluate_tasks, find_tasks
+            except ImportError as error:
+                raise ValueError(f"lm-eval is not installed ({error}): pip install 'mhf-lightning[eval]'") from error
+            manager = find_tasks(tasks, Path(options.task_dir) if options.task_dir else None)
         import torch
 
         from mhf_lightning.checkpoint.trained import read_trained, read_vocabulary
@@ -76,45 +93,58 @@ def main(args: list[str]) -> int:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         decoder = trained.decoder(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
         if options.perplexity:
-            _report(trained, "perplexity", options.name, *_perplexity(decoder, vocabulary, options))
+            text_name = "perplexity" if tasks else name
+            _report(trained, "perplexity", text_name, *_perplexity(decoder, vocabulary, text_name, options))
         if tasks:
-            try:
-                from mhf_lightning.evaluation.tasks import evaluate_tasks
-            except ImportError as error:
-                raise ValueError(f"lm-eval is not installed ({error}): pip install 'mhf-lightning[eval]'") from error
-            found = evaluate_tasks(
+            results, details = evaluate_tasks(
                 decoder,
                 vocabulary,
                 tasks,
-                task_dir=Path(options.task_dir) if options.task_dir else None,
+                manager,
                 num_fewshot=options.num_fewshot,
                 limit=options.limit,
                 batch_size=options.batch_size,
             )
-            _report(trained, "tasks", "tasks", *found)
+            results = {task + settings: metrics for task, metrics in results.items()}
+            _report(trained, "tasks", name, results, details)
     return 0
 
 
-def _perplexity(decoder: Any, vocabulary: Any, options: Any) -> tuple[Results, dict[str, Any]]:
+def _settings(options: Any) -> str:
+    """Name what makes the figures of a task differ from those of its own settings, so that they are not mixed up."""
+    given = {"fewshot": options.num_fewshot, "limit": options.limit}
+    return "".join(f"-{option}-{value}" for option, value in given.items() if value is not None)
+
+
+def _named_after(tasks: list[str], settings: str) -> str:
+    name = re.sub(r"[^\w.-]", "_", "-".join(tasks)) + settings
+    if len(name) > 200:
+        raise ValueError(f"{len(tasks)} tasks are too many to name the result after: give --name")
+    return name
+
+
+def _perplexity(decoder: Any, vocabulary: Any, name: str, options: Any) -> tuple[Results, dict[str, Any]]:
     from mhf_lightning.data.progress import say
     from mhf_lightning.data.sources import BadDocuments, read_documents, resolve_inputs
     from mhf_lightning.evaluation.perplexity import TextLoss, text_losses
 
     stride = options.stride if options.stride is not None else max(1, vocabulary.context_length // 2)
-    documents = read_documents(resolve_inputs(options.perplexity), options.text_key, BadDocuments(0, say))
+    bad = BadDocuments(options.skip_bad, say)
+    documents = read_documents(resolve_inputs(options.perplexity), options.text_key, bad)
     losses = list(text_losses(decoder, vocabulary, documents, stride=stride, batch_size=options.batch_size))
     if not losses:
         raise ValueError(f"{', '.join(options.perplexity)}: there is no text in it")
-    total = TextLoss.total(options.name, losses)
+    total = TextLoss.total(name, losses)
     details = {
         "files": list(options.perplexity),
         "context_length": vocabulary.context_length,
         "stride": stride,
         "tokens": total.tokens,
         "bytes": total.bytes,
+        "bad_documents": bad.count,
         "documents": [{**asdict(loss), **loss.figures()} for loss in losses],
     }
-    return {options.name: total.figures()}, details
+    return {name: total.figures()}, details
 
 
 def _report(trained: Trained, kind: str, name: str, results: Results, details: dict[str, Any]) -> None:

@@ -93,29 +93,8 @@ class DecoderLM(TemplateLM):
         return texts
 
 
-def evaluate_tasks(
-    decoder: Decoder,
-    vocabulary: Vocabulary,
-    tasks: list[str],
-    *,
-    task_dir: Path | None,
-    num_fewshot: int | None,
-    limit: int | None,
-    batch_size: int,
-) -> tuple[Results, dict[str, Any]]:
-    """Run tasks of lm-eval.
-
-    Args:
-        decoder: In evaluation mode.
-        vocabulary: Its tokenizer and context.
-        tasks: Names of tasks or groups.
-        task_dir: Folder with task files of one's own.
-        num_fewshot: Examples before each question; None is each task's own number.
-        limit: Questions of each task at most.
-        batch_size: Sequences of a forward.
-
-    Returns:
-        Metrics by task, standard errors as ``METRIC_stderr``; and lm-eval's version and numbers of questions.
+def find_tasks(tasks: list[str], task_dir: Path | None) -> TaskManager:
+    """Find tasks or groups by name, in lm-eval and ``task_dir``, and see that their data can be read.
 
     Raises:
         ValueError: A task is unknown, or its data is not there.
@@ -131,6 +110,34 @@ def evaluate_tasks(
             manager.load([task])
         except Exception as error:  # whatever reading a data set of the Hub, of files or of a script can raise
             raise ValueError(_absent(task, error)) from error
+    return manager
+
+
+def evaluate_tasks(
+    decoder: Decoder,
+    vocabulary: Vocabulary,
+    tasks: list[str],
+    manager: TaskManager,
+    *,
+    num_fewshot: int | None,
+    limit: int | None,
+    batch_size: int,
+) -> tuple[Results, dict[str, Any]]:
+    """Run tasks of lm-eval.
+
+    Args:
+        decoder: In evaluation mode.
+        vocabulary: Its tokenizer and context.
+        tasks: Names of tasks or groups.
+        manager: Of :func:`find_tasks`.
+        num_fewshot: Examples before each question; None is each task's own number.
+        limit: Questions of each task at most.
+        batch_size: Sequences of a forward.
+
+    Returns:
+        Metrics by task, standard errors as ``METRIC_stderr``; and lm-eval's version, the settings and numbers of
+        questions.
+    """
     found: Any = lm_eval.simple_evaluate(
         DecoderLM(decoder, vocabulary, batch_size),
         tasks=list(tasks),
@@ -148,7 +155,12 @@ def evaluate_tasks(
         }
         for task, metrics in found["results"].items()
     }
-    return results, {"lm_eval": lm_eval.__version__, "samples": found["n-samples"], "num_fewshot": found["n-shot"]}
+    return results, {
+        "lm_eval": lm_eval.__version__,
+        "samples": found["n-samples"],
+        "num_fewshot": found["n-shot"],
+        "limit": limit,
+    }
 
 
 def _manager(tasks: list[str], task_dir: Path | None) -> TaskManager:

@@ -60,7 +60,7 @@ def test_tasks_score_what_the_model_says(made_run, tasks, capsys):
         normed += by_length.index(max(by_length)) == row["answer"]
     assert 0 < right < 12
     out, _ = mhf(capsys, "eval", str(made_run), "--tasks", "choose,roll", "--task_dir", str(tasks))
-    found = json.loads((made_run / "eval/tasks-step-7.json").read_text())
+    found = json.loads((made_run / "eval/choose-roll-step-7.json").read_text())
     assert (found["kind"], found["step"], found["tokens_seen"], found["checkpoint"]) == ("tasks", 7, 700, "step-7")
     assert found["results"]["choose"]["acc"] == pytest.approx(right / 12)
     assert found["results"]["choose"]["acc_norm"] == pytest.approx(normed / 12)
@@ -99,8 +99,35 @@ def test_generated_answers_stop_where_the_task_says(made_run, tasks, capsys):
     options["generation_kwargs"] = {"until": [stop], "max_gen_toks": 6, "do_sample": False}
     write_task(tasks, "write", rows, metric_list=[{"metric": "exact_match"}], **options)
     mhf(capsys, "eval", str(made_run), "--tasks", "write", "--task_dir", str(tasks))
-    found = json.loads((made_run / "eval/tasks-step-7.json").read_text())
+    found = json.loads((made_run / "eval/write-step-7.json").read_text())
     assert found["results"]["write"]["exact_match"] == pytest.approx(3 / 4)
+
+
+def test_results_of_other_tasks_and_settings_do_not_replace_each_other(made_run, tasks, capsys):
+    options = ("eval", str(made_run), "--task_dir", str(tasks), "--tasks")
+    mhf(capsys, *options, "choose")
+    whole = values(made_run, "eval/choose/acc")
+    mhf(capsys, *options, "roll")
+    mhf(capsys, *options, "choose", "--limit", "2")
+    mhf(capsys, *options, "choose", "--num_fewshot", "1", "--limit", "3")
+    mhf(capsys, *options, "choose", "--limit", "1", "--name", "trial")
+    names = ("choose", "roll", "choose-limit-2", "choose-fewshot-1-limit-3", "trial")
+    assert {path.name for path in (made_run / "eval").iterdir()} == {f"{name}-step-7.json" for name in names}
+    files = {name: json.loads((made_run / f"eval/{name}-step-7.json").read_text()) for name in names}
+    assert [files[name]["limit"] for name in names] == [None, None, 2, 3, 1]
+    assert [files[name]["name"] for name in names] == list(names)
+    assert list(files["trial"]["results"]) == ["choose-limit-1"]
+    assert values(made_run, "eval/choose/acc") == whole
+    assert len(values(made_run, "eval/choose-limit-2/acc")) == 1
+
+
+def test_bad_documents_are_left_out_where_that_is_asked_for(made_run, tmp_path, capsys):
+    (tmp_path / "texts.jsonl").write_text('{"text": "x = 1"}\n{"text": \n{"text": "y = 2"}\n')
+    options = ("eval", str(made_run), "--perplexity", str(tmp_path / "texts.jsonl"))
+    assert "with --skip_bad N" in one_line(mhf(capsys, *options, code=2))
+    mhf(capsys, *options, "--skip_bad", "1")
+    found = json.loads((made_run / "eval/perplexity-step-7.json").read_text())
+    assert (len(found["documents"]), found["bad_documents"]) == (2, 1)
 
 
 def test_perplexity_of_files_is_written_by_document(made_run, made_corpus, tmp_path, capsys):
@@ -133,6 +160,8 @@ def test_perplexity_of_files_is_written_by_document(made_run, made_corpus, tmp_p
         (("--perplexity", "{empty}", "--stride", "99"), "stride is 99"),
         (("--perplexity", "{empty}", "--name", "a/b"), "--name is 'a/b'"),
         (("--perplexity", "{empty}", "--batch_size", "0"), "--batch_size is 0"),
+        (("--perplexity", "{empty}", "--tasks", "choose", "--name", "a"), "in two calls, or no name"),
+        (("--tasks", ",".join(["choose"] * 40)), "40 tasks are too many to name the result after: give --name"),
     ],
 )
 def test_what_cannot_be_evaluated_is_one_line(args, words, made_run, tasks, tmp_path, capsys):
@@ -150,10 +179,20 @@ def test_what_cannot_be_evaluated_is_one_line(args, words, made_run, tasks, tmp_
     assert not (made_run / "eval").exists()
 
 
-def test_without_the_package_the_way_out_is_named(made_run, capsys, monkeypatch):
+def test_a_task_without_data_is_noticed_before_texts_are_scored(made_run, tasks, capsys, monkeypatch):
+    monkeypatch.setattr("mhf_lightning.checkpoint.trained.read_trained", None)  # no weights are read either
+    (tasks / "choose.jsonl").unlink()
+    options = ("--tasks", "choose", "--task_dir", str(tasks), "--perplexity", __file__)
+    printed = mhf(capsys, "eval", str(made_run), *options, code=2)
+    assert "the data of the task 'choose' could not be read" in printed[1].splitlines()[-1]
+
+
+def test_without_the_package_the_way_out_is_named_before_texts_are_scored(made_run, capsys, monkeypatch):
+    monkeypatch.setattr("mhf_lightning.checkpoint.trained.read_trained", None)
     monkeypatch.delitem(sys.modules, "mhf_lightning.evaluation.tasks", raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    error = one_line(mhf(capsys, "eval", str(made_run), "--tasks", "hellaswag", code=2))
+    options = ("--tasks", "hellaswag", "--perplexity", __file__)
+    error = one_line(mhf(capsys, "eval", str(made_run), *options, code=2))
     assert "pip install 'mhf-lightning[eval]'" in error
 
 

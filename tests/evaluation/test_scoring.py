@@ -1,10 +1,12 @@
 """Scores against plain forwards, perplexity against arithmetic, windows against lm-eval's."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from made_run import CONTEXT, VOCAB, build, make_run
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mhf_lightning.checkpoint.trained import read_trained, read_vocabulary
 from mhf_lightning.data.errors import DataError
@@ -127,4 +129,11 @@ def test_more_documents_than_a_group_keep_their_order(vocabulary):
     assert [loss.origin for loss in losses] == [str(i) for i in range(150)]
     (alone,) = text_losses(build(), vocabulary, documents[101:102], stride=CONTEXT, batch_size=1)
     assert losses[101].nll == pytest.approx(alone.nll, rel=1e-5)
-    assert issubclass(DataError, ValueError)
+
+
+def test_a_text_that_spells_the_end_of_documents_is_refused(vocabulary):
+    words = Tokenizer(models.WordLevel({"end": 0, "a": 1}, unk_token="a"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    spelling = replace(vocabulary, tokenizer=words, eos_token="end", eos_id=0)
+    with pytest.raises(DataError, match=r"turns text into its EOS token 'end', in a document that begins 'a end a'"):
+        list(text_losses(build(), spelling, [Document("a end a", "x")], stride=CONTEXT, batch_size=1))

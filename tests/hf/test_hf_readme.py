@@ -71,4 +71,4 @@ def test_evaluation(folder):
         printed = run(words, folder)
     assert printed.startswith("def f(")
     names = {path.name for path in (folder / "runs/mine/eval").iterdir()}
-    assert names == {"held_out-step-7.json", "blocks-step-7.json", "tasks-step-7.json"}
+    assert names == {"held_out-step-7.json", "blocks-step-7.json", "mine-step-7.json"}
