@@ -74,8 +74,10 @@ class ModelHealth(Callback):
         self._groups: dict[str, nn.ParameterList] = {}
         self._ranks: RankTable | None = None
 
-    def on_train_start(self, trainer: Trainer, pl_module: PretrainModule) -> None:  # type: ignore[override]
+    def on_fit_start(self, trainer: Trainer, pl_module: PretrainModule) -> None:  # type: ignore[override]
         """Sort the parameters."""
+        # Before the first forward: one without a backward, as in validation, leaves FSDP2's root with its gathered
+        # parameters in place of the sharded ones, which alone have gradients.
         self._groups = groups(pl_module.decoder)
         self._ranks = RankTable()
 
@@ -90,7 +92,7 @@ class ModelHealth(Callback):
         self._look_for_spikes()
         values = {"health/loss_spike": self._highest}
         self._highest = 0.0
-        if any(p.grad is not None for p in pl_module.decoder.parameters()):
+        if any(p.grad is not None for group in self._groups.values() for p in group):
             logged = trainer.callback_metrics
             values |= self._grad_norms(float(logged["train/grad_norm"]))
             optimizer = trainer.optimizers[0]

@@ -137,11 +137,13 @@ def test_the_state_is_in_the_checkpoint(tmp_path):
 
 @pytest.mark.slow
 def test_sharded_and_split_models_have_the_same_norms(tmp_path):
+    """Also where forwards without a backward come before training (validation) and before the norms (routers)."""
     two = {"rows": [[2] * 3] * 2, "steps": 3, "every": 1}
+    looks = {"validate_every": 3, "router": 1}
     cases = {
         "ddp": {**two, "strategy": "ddp"},
-        "fsdp2": {**two, "strategy": "fsdp2"},
-        "tp": {**RUN, "strategy": "tp"},
+        "fsdp2": {**two, **looks, "strategy": "fsdp2"},
+        "tp": {**RUN, **looks, "strategy": "tp"},
     }
     results = train_on_ranks(cases, 2, tmp_path)[0]
     assert not [result["error"] for result in results.values() if "error" in result]
