@@ -3,6 +3,7 @@
 import torch
 from mhf_kernels import FlashMHF
 
+torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"
 ffn = FlashMHF(d_model=128, num_heads=2, num_subnetworks=4, d_e=64, device=device)
 optimizer = torch.optim.AdamW(ffn.parameters(), lr=3e-3)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 from torch import nn
 
+from mhf_kernels.initialization import InitGains
 from mhf_kernels.layer import FlashMHF
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -25,7 +27,7 @@ def replace_ffn(model: nn.Module, *, d_h: int, d_e: int, num_subnetworks: int | 
         d_h: width of a head; must divide the model's width.
         d_e: width of a sub-network.
         num_subnetworks: E; None takes the number that comes nearest to the parameters of the layer that goes.
-        options: further arguments of `FlashMHF`.
+        options: further arguments of `FlashMHF`; `gains` may be a dictionary, as the settings hold it.
 
     Raises:
         ValueError: no such layer, or sizes that do not fit.
@@ -41,7 +43,11 @@ def replace_ffn(model: nn.Module, *, d_h: int, d_e: int, num_subnetworks: int | 
             f"{type(model).__name__} has no feed-forward layer with {', '.join(PROJECTIONS)}; replace its layers by "
             "mhf_kernels.FlashMHF yourself"
         )
+    if isinstance(options.get("gains"), dict):
+        options["gains"] = InitGains(**options["gains"])
     settings: dict[str, Any] = {"d_h": d_h, "d_e": d_e, **options}
+    if options.get("gains") is not None:
+        settings["gains"] = asdict(options["gains"])  # the configuration becomes JSON
     for parent, name, old in found:
         down = old.down_proj
         assert isinstance(down, nn.Linear)

@@ -38,15 +38,17 @@ def build_parser() -> SuggestingParser:
 
 
 def export_full(trained: Trained, output: Path) -> None:
-    """Write the weights to ``output`` and architecture, step and tokens to the same name with .json.
+    """Write the weights to ``output``, a .safetensors file, and architecture, step and tokens to a .json beside it.
 
     The names are those of :class:`mhf_lightning.model.Decoder`, so that ``load_state_dict`` takes them.
 
     Raises:
-        ValueError: A file is there already, or cannot be written.
+        ValueError: ``output`` has another ending, or a file is there already, or cannot be written.
     """
     from mhf_lightning.checkpoint.files import write_json, write_tensors
 
+    if output.suffix != ".safetensors":  # of flash-1.3b, with_suffix would make flash-1.json
+        raise ValueError(f"OUT is {output}; give a file whose name ends in .safetensors, such as {output}.safetensors")
     about = output.with_suffix(".json")
     for path in (output, about):
         if path.exists():

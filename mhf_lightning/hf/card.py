@@ -81,8 +81,9 @@ def _training(trained: Trained) -> dict[str, str]:
     }
     if losses:
         last = losses[-1]
+        perplexity = "not finite" if last["perplexity"] is None else f"{last['perplexity']:,.2f}"
         figures["validation"] = (
-            f"loss {last['loss']:.4f} nats per token, perplexity {last['perplexity']:,.2f}, at step {last['step']:,}"
+            f"loss {last['loss']:.4f} nats per token, perplexity {perplexity}, at step {last['step']:,}"
         )
     if speeds:
         figures["training speed"] = f"{speeds[-1]['tokens_per_s']:,.0f} tokens/s"

@@ -1,14 +1,14 @@
 """The corpus and the runs of tests/generation."""
 
-import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
+from extras import is_missing
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "generation"))
 # Perplexity does not need the extra.
-collect_ignore = ["test_eval_command.py"] if importlib.util.find_spec("lm_eval") is None else []
+collect_ignore = ["test_eval_command.py"] if is_missing("lm_eval") else []
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from extras import need
 from made_run import CONTEXT, VOCAB, build, make_run
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -46,7 +47,9 @@ def test_scores_are_those_of_single_forwards(batch_size):
 def test_windows_are_those_of_lm_eval():
     """The example in lm-eval's own documentation, with a prefix and a context of 4."""
     assert windows(11, 4, 4) == [(0, 5, 4), (4, 9, 4), (6, 11, 2)]
-    lm_eval = pytest.importorskip("lm_eval.utils")
+    need("lm_eval")
+    import lm_eval.utils as lm_eval
+
     for length in range(2, 30):
         tokens = list(range(1, length))
         theirs = lm_eval.get_rolling_token_windows(tokens, prefix_token=0, max_seq_len=4, context_len=1)

@@ -78,7 +78,10 @@ def add_history(run: Path, validations: dict[int, float]) -> None:
     start |= {"job_id": None, "restart": 0, "world_size": 2, "hosts": ["a"], "parameters": {"total": 1}}
     events = [start, {"event": "progress", "time": 150.0, "step": 9, "tokens": 900, "loss": 3.5, "tokens_per_s": 20.0}]
     events += [
-        {"event": "validation", "time": 160.0, "step": step, "loss": loss, "perplexity": 2.0**loss}
+        {
+            **{"event": "validation", "time": 160.0, "step": step},
+            **{"loss": loss, "perplexity": 2.0**loss if loss < 100 else None},
+        }
         for step, loss in validations.items()
     ]
     (run / "history.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))

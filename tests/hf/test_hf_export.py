@@ -157,6 +157,12 @@ def test_the_card_gives_the_run_s_figures(made_run, tmp_path, capsys):
     assert "training speed | not recorded" in card  # what was written down is of a later step
 
 
+def test_the_card_of_a_run_that_diverged_says_so(made_run, tmp_path, capsys):
+    add_history(made_run, {6: 900.0})
+    mhf(capsys, "export", "--to", "hf", str(made_run), str(tmp_path / "hf"))
+    assert "loss 900.0000 nats per token, perplexity not finite, at step 6" in (tmp_path / "hf/README.md").read_text()
+
+
 def test_the_card_says_what_was_not_recorded_and_its_code_runs(folder, capsys):
     card = (folder / "README.md").read_text()
     assert "validation | not recorded" in card
@@ -165,7 +171,13 @@ def test_the_card_says_what_was_not_recorded_and_its_code_runs(folder, capsys):
     assert "Once upon a time" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("damage", ["exists", "unfinished", "corrupted", "other tokenizer", "shard size", "no package"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *("exists", "unfinished", "corrupted", "other tokenizer", "shard size"),
+        *("no package", "old package", "old Python"),
+    ],
+)
 def test_what_cannot_be_exported_is_one_line(damage, made_run, made_corpus, tmp_path, capsys, monkeypatch):
     out, options, words = tmp_path / "hf", [], ""
     if damage == "exists":
@@ -187,8 +199,15 @@ def test_what_cannot_be_exported_is_one_line(damage, made_run, made_corpus, tmp_
     else:
         for name in [name for name in sys.modules if name.startswith("mhf_lightning.hf")]:
             monkeypatch.delitem(sys.modules, name)
-        monkeypatch.setitem(sys.modules, "transformers", None)
-        words = "needs transformers 5.24 or newer"
+        if damage == "no package":
+            monkeypatch.setitem(sys.modules, "transformers", None)
+            words = "needs transformers 5.24 or newer: pip install 'mhf-lightning[hf]'"
+        elif damage == "old package":
+            monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.17.0")
+            words = "needs transformers 5.24 or newer; 5.17.0 is installed"
+        else:
+            monkeypatch.setattr(sys, "version_info", (3, 10, 14))
+            words = "transformers 5.24 or newer, which needs Python 3.11 or newer"
     assert words in one_line(mhf(capsys, "export", "--to", "hf", str(made_run), str(out), *options, code=2))
     assert not (out / "config.json").exists()
     assert not out.with_name("hf.tmp").exists()

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from extras import need
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 
@@ -50,7 +50,7 @@ def examples_of_the_readme() -> list[str]:
 
 
 def test_the_example_with_a_model_that_exists_runs():
-    pytest.importorskip("transformers")
+    need("transformers")
     scope: dict = {}
     exec(examples_of_the_readme()[1], scope)
     assert type(scope["model"].model.layers[0].mlp).__name__ == "FlashMHF"

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from mhf_kernels import FlashMHF, replace_ffn
+from extras import need
+from mhf_kernels import FlashMHF, InitGains, replace_ffn
 from torch import nn
 
-transformers = pytest.importorskip("transformers")
+need("transformers")
+import transformers  # noqa: E402
+
 EXAMPLES = Path(__file__).parents[2] / "kernels/examples"
 
 
@@ -72,6 +75,22 @@ def test_generation_with_a_cache_agrees_with_the_whole_sequence():
     torch.testing.assert_close(torch.stack(out.logits, 1), whole, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{"gains": InitGains(k_std=0.5)}, {"gains": None, "initialization": "paper"}])
+def test_the_settings_are_saved_and_build_the_same_layers(options, tmp_path):
+    net = model()
+    replace_ffn(net, d_h=16, d_e=32, **options)
+    net.save_pretrained(tmp_path)
+    again = model()
+    replace_ffn(again, **transformers.LlamaConfig.from_pretrained(tmp_path).flash_mhf)
+    first, second = net.model.layers[0].mlp, again.model.layers[0].mlp
+    assert first.scales == second.scales
+    assert first.scales.k_std == (0.5 if options["gains"] else 0.02)
+    assert again.config.flash_mhf == net.config.flash_mhf
+    assert {name: p.shape for name, p in first.named_parameters()} == {
+        name: p.shape for name, p in second.named_parameters()
+    }
+
+
 def test_what_cannot_be_replaced_is_named():
     with pytest.raises(ValueError, match="Linear has no feed-forward layer with gate_proj"):
         replace_ffn(nn.Linear(4, 4), d_h=2, d_e=16)
@@ -104,7 +123,7 @@ def test_the_example_with_fsdp2_learns():
 
 @pytest.mark.slow
 def test_the_example_with_a_hugging_face_trainer_learns_and_is_loaded_again(tmp_path):
-    pytest.importorskip("accelerate")
+    need("accelerate")
     printed = run_example(str(EXAMPLES / "hf_trainer.py"), str(tmp_path / "out"))
     first, *_ = losses(printed)
     assert losses(printed)[2] < first
