@@ -3,9 +3,14 @@
 import argparse
 import difflib
 import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, set_parsing_settings
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.resolvers import oc
 
 # What a value of a config (``class_path``, a callable) may name. Checked before anything is imported.
 IMPORTABLE = ("mhf_lightning", "lightning.pytorch", "torch.optim")
@@ -52,3 +57,57 @@ def take_allowed_imports(args: list[str]) -> list[str]:
     allowed, others = parser.parse_known_args(args)
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*IMPORTABLE, *allowed.allow_import])
     return others
+
+
+@contextmanager
+def environment_references() -> Iterator[dict[Any, Any]]:
+    """Find what a parse takes from environment variables.
+
+    Yields:
+        A mapping that is filled when the parse is done: shaped like the configuration (indices are the keys of a list),
+        it holds the values that depend on ``${oc.env:NAME}``, directly or by another key, as they were written.
+    """
+    found: dict[Any, Any] = {}
+    asked = 0
+    unresolved: Any = None
+
+    def env(*arguments: Any, _root_: DictConfig) -> Any:
+        nonlocal asked, unresolved
+        asked += 1
+        if unresolved is None:  # later, OmegaConf has replaced some of it
+            unresolved = OmegaConf.create(OmegaConf.to_container(_root_, resolve=False))
+        return oc.env(*arguments)
+
+    def references(raw: Any, config: Any) -> dict[Any, Any]:
+        below: dict[Any, Any] = {}
+        for key, value in raw.items() if isinstance(raw, dict) else enumerate(raw):
+            if isinstance(value, dict | list):
+                below[key] = references(value, config[key])
+            elif isinstance(value, str) and "${" in value:
+                before = asked
+                if OmegaConf.is_config(target := config[key]):
+                    OmegaConf.to_container(target, resolve=True)
+                below[key] = value if asked > before else {}
+        return {key: reference for key, reference in below.items() if reference}
+
+    _register("oc.env", env)
+    try:
+        yield found
+        if unresolved is not None:
+            found |= references(OmegaConf.to_container(unresolved, resolve=False), unresolved)
+    finally:
+        _register("oc.env", oc.env)
+
+
+def _register(name: str, resolver: Callable[..., Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer releases have another name for it, which older ones take for another
+        OmegaConf.register_new_resolver(name, resolver, replace=True)
+
+
+def put_references(resolved: Any, references: dict[Any, Any]) -> Any:
+    """Return a resolved configuration with the values of :func:`environment_references` as they were written."""
+    changed = resolved.copy()
+    for key, reference in references.items():
+        changed[key] = put_references(changed[key], reference) if isinstance(reference, dict) else reference
+    return changed

@@ -9,7 +9,8 @@ from lightning.pytorch.utilities import rank_zero_only
 class ResolvedConfig(Callback):
     """Writes ``config.yaml`` when ``fit`` starts; each resumed start adds ``config-resume-N.yaml``.
 
-    The file marks the folder as taken, so a start that fails on its way here leaves the folder free.
+    The text is to hold no secrets: the report publishes it. The file marks the folder as taken, so a start that fails
+    on its way here leaves the folder free.
     """
 
     def __init__(self, run_dir: Path, text: str) -> None:

@@ -14,6 +14,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from mhf_lightning.redaction import redact, redact_yaml
+
 # Environment variables that are shown; all others are not looked at.
 ALLOWED = re.compile(
     r"SLURM_(JOB_ID|JOB_NAME|JOB_NUM_NODES|JOB_PARTITION|NNODES|NTASKS|NTASKS_PER_NODE|RESTART_COUNT)"
@@ -21,19 +23,6 @@ ALLOWED = re.compile(
     r"|(MHF|NCCL|PYTORCH|TORCHINDUCTOR|TRITON)_\w+"
 )
 PACKAGES = ("torch", "triton", "lightning", "deepspeed", "mhf-lightning")
-
-REDACTED = "(redacted)"
-_SECRET_NAME = re.compile(
-    r"(^|[_\W])(token|(api|access|private)?_?key|secret|passw(or)?d|pwd|credentials?|auth|pat)$", re.I
-)
-_SECRET_VALUE = re.compile(
-    r"\b(hf_|gh[pousr]_|github_pat_|glpat-|sk-|xox[a-z]-)[\w-]{12,}"  # Hugging Face, GitHub, GitLab, OpenAI, Slack
-    r"|\bAKIA[0-9A-Z]{12,}"  # Amazon
-    r"|\beyJ[\w-]{8,}\.[\w.-]+"  # a JSON web token
-    r"|(?<=://)[^/\s@]+@"  # user and password of an address
-    r"|\b(?=\w*\d)(?=\w*[A-Za-z])[A-Za-z0-9+]{32,}={0,2}"  # any long key
-)
-_YAML_ENTRY = re.compile(r"^(?P<begin>[\s-]*(?P<name>[\w.-]+):\s*)(?P<value>\S.*)$")
 
 
 class RunText(Callback):
@@ -52,7 +41,7 @@ class RunText(Callback):
         if not trainer.is_global_zero:
             return
         texts = {
-            "run/config": f"```yaml\n{redact_yaml(self.config)}\n```",
+            "run/config": f"```yaml\n{redact_yaml(self.config)}```",
             "run/git": git_state(Path(__file__).parent),
             "run/environment": table(environment(os.environ)),
         }
@@ -60,25 +49,6 @@ class RunText(Callback):
             if isinstance(logger, TensorBoardLogger):
                 for tag, text in texts.items():
                     logger.experiment.add_text(tag, text, trainer.global_step)
-
-
-def redact(name: str, value: str) -> str:
-    """Return a value without what looks like a secret; nothing of it where the name says that it is one."""
-    if _SECRET_NAME.search(name):
-        return REDACTED
-    return _SECRET_VALUE.sub(REDACTED, value)
-
-
-def redact_yaml(text: str) -> str:
-    """Redact YAML line by line."""
-
-    def line_of(line: str) -> str:
-        entry = _YAML_ENTRY.match(line)
-        if entry is None:
-            return redact("", line)
-        return entry["begin"] + redact(entry["name"], entry["value"])
-
-    return "\n".join(line_of(line) for line in text.splitlines())
 
 
 def environment(variables: Mapping[str, str]) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """A trained model as its run folder holds it: weights, architecture and step from a checkpoint, and the tokenizer.
 
-Imports ``files.py``, ``folder.py``, ``shards.py``, the model and the data package. Nothing in the files is executed.
+Imports ``files.py``, ``folder.py``, ``shards.py``, the model, the data package and runs. Nothing in the files is
+executed.
 """
 
 from __future__ import annotations
@@ -9,9 +10,12 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -22,6 +26,7 @@ from mhf_lightning.data.errors import DataError
 from mhf_lightning.data.manifest import Manifest, check_file
 from mhf_lightning.data.tokenizer import load_tokenizer
 from mhf_lightning.model import Decoder, DecoderConfig
+from mhf_lightning.runs import last_config
 
 _WEIGHTS = "model/decoder."  # what PretrainModule's decoder is called in a checkpoint
 _DATA = "TokenDataModule"  # and the state of the data
@@ -163,16 +168,13 @@ def read_vocabulary(trained: Trained, data: Path | None = None) -> Vocabulary:
 
 def _dataset_of(trained: Trained) -> Path:
     """``data.path`` of the run's last start."""
-    starts: dict[int, Path] = {}
-    for path in trained.run_dir.glob("config*.yaml") if trained.run_dir is not None else ():
-        if name := re.fullmatch(r"config(?:-resume-(\d+))?\.yaml", path.name):
-            starts[int(name[1] or 0)] = path
-    if not starts:
+    path = last_config(trained.run_dir) if trained.run_dir is not None else None
+    if path is None:
         raise DataError(f"{trained.checkpoint} lies in no run folder with a config.yaml. Give the dataset with --data.")
-    path = starts[max(starts)]
-    try:
-        data = Path(yaml.safe_load(path.read_text(encoding="utf-8"))["data"]["path"])
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+    try:  # it may refer to environment variables
+        config: Any = OmegaConf.load(path)
+        data = Path(config["data"]["path"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise DataError(f"{path} does not say what data the run read ({error!r}). Give it with --data.") from error
     if not data.is_dir():
         raise DataError(

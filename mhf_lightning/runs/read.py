@@ -267,6 +267,15 @@ def _mtime(path: Path) -> float:
 
 
 def _configured_steps(run_dir: Path) -> int | None:
+def last_config(run_dir: Path) -> Path | None:
+    """Return the configuration of a run's last start, ``config.yaml`` or a ``config-resume-N.yaml``; None without."""
+    starts: dict[int, Path] = {}
+    for path in _list(run_dir):
+        if name := re.fullmatch(r"config(?:-resume-(\d+))?\.yaml", path.name):
+            starts[int(name[1] or 0)] = path
+    return starts[max(starts)] if starts else None
+
+
     import yaml
 
     try:

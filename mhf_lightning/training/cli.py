@@ -15,12 +15,13 @@ from typing import Any, cast
 
 import torch
 from jsonargparse import set_parsing_settings
+import yaml
 from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.trainer import Trainer
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from mhf_lightning.callbacks import MonitorConfig
 from mhf_lightning.callbacks.checkpoint import CheckpointConfig, StepCheckpoint
@@ -42,7 +43,8 @@ from mhf_lightning.checkpoint.strategy import MHFSingleDevice
 from mhf_lightning.data.cli import add_data_commands
 from mhf_lightning.data.datamodule import TokenDataModule
 from mhf_lightning.errors import readable_errors
-from mhf_lightning.parsing import SuggestingParser, take_allowed_imports
+from mhf_lightning.parsing import SuggestingParser, environment_references, put_references, take_allowed_imports
+from mhf_lightning.redaction import redact_tree
 from mhf_lightning.signals import restore_stop_signals
 from mhf_lightning.training.module import PretrainModule
 from mhf_lightning.training.ranks import data_parallel_ranks, is_first_of_replica
@@ -89,6 +91,11 @@ class MHFCLI(LightningCLI):
 
     @property
     def run_dir(self) -> Path:
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and remember what comes from environment variables."""
+        with environment_references() as self._references:
+            super().parse_arguments(parser, args)
+
         """Folder of the run."""
         return Path(self._get(self.config, "run_dir"))
 
@@ -138,9 +145,7 @@ class MHFCLI(LightningCLI):
             callbacks.append(progress_bar())
         if self.subcommand == "fit":
             callbacks.append(RunSummary(self.run_dir, self._get(self.config_init, "sample_prompt")))
-            options = cast(Any, self.config)
-            parser = self._parser(self.subcommand)
-            text = parser.dump(options[str(self.subcommand)], skip_none=False, skip_link_targets=False)
+            text = self._text_of_config()
             callbacks += [ResolvedConfig(self.run_dir, text), RunText(text), History(self.run_dir)]
             if config.get("enable_checkpointing") is not False and not config.get("fast_dev_run"):
                 checkpoint = StepCheckpoint(self.run_dir / "checkpoints", self._get(self.config_init, "checkpoint"))
@@ -168,6 +173,23 @@ class MHFCLI(LightningCLI):
 
     def _resumed_step(self) -> int | None:
         """Return the step to continue from: curves that a cut-off run drew past it are purged."""
+    def _text_of_config(self) -> str:
+        """Return the resolved configuration as YAML without secrets.
+
+        What comes from environment variables stands as the reference to them, which works for a resume from it too.
+        """
+        options = cast(Any, self.config)[str(self.subcommand)]
+        resolved = self._parser(self.subcommand).dump(options, skip_none=False, skip_link_targets=False)
+        written = put_references(yaml.safe_load(resolved), self._references.get(str(self.subcommand), {}))
+        written, keys = redact_tree(written)
+        if keys:
+            rank_zero_warn(
+                f"{', '.join(keys)}: not written to {self.run_dir}, since it looks like a secret; give it as "
+                "${oc.env:NAME}, so that a resume from config.yaml finds it",
+                category=UserWarning,
+            )
+        return yaml.safe_dump(written, sort_keys=False, allow_unicode=True)
+
         path = self._get(self.config, "ckpt_path")
         if path:
             return Manifest.load(Path(path)).step

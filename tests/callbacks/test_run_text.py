@@ -6,7 +6,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from timed_run import train
 
-from mhf_lightning.callbacks.run_text import REDACTED, RunText, environment, git_state, redact_yaml
+from mhf_lightning.callbacks.run_text import RunText, environment, git_state
+from mhf_lightning.redaction import REDACTED, redact, redact_tree, redact_yaml
 
 CANARIES = {
     "HF_TOKEN": "hf_canaryCANARYcanary0123456789",
@@ -27,6 +28,14 @@ trainer:
     init_args:
       hf_token: "canary1"
       headers: [Bearer hf_canaryCANARYcanary0123456789]
+      header: "Authorization: Bearer canary"
+      Authorization: Bearer canary
+      password: |
+        canary of
+        two lines
+      credentials: {user: canary2, numbers: [canary3]}
+      wandbApiKey: canary4
+      secret: ${oc.env:WANDB_API_KEY}
 data:
   eos_token: <|endoftext|>
   path: data/fineweb-edu-sample-10bt-tokenized
@@ -58,17 +67,53 @@ def test_canaries_are_in_no_event_file(tmp_path, monkeypatch):
     assert f"| MHF_API_KEY | `{REDACTED}` |" in found["environment"]
     assert f"| MHF_MIRROR | `https://{REDACTED}mirror.example/simple` |" in found["environment"]
     assert "HF_TOKEN" not in found["environment"]
-    for line in ("run_dir: runs/canary-free", "  path: data/fineweb-edu-sample-10bt-tokenized", "  tokens: 1.0e9"):
-        assert line in found["config"]
+    assert "run_dir: runs/canary-free" in found["config"]
+    assert "path: data/fineweb-edu-sample-10bt-tokenized" in found["config"]
+    assert "secret: ${oc.env:WANDB_API_KEY}" in found["config"]
 
 
 def test_yaml_keeps_its_shape():
-    assert redact_yaml("a:\n  - name: x\n    api_key: y\n  - token: z") == (
-        f"a:\n  - name: x\n    api_key: {REDACTED}\n  - token: {REDACTED}"
+    assert redact_yaml("a:\n- name: x\n  api_key: y\n- token: z\n") == (
+        f"a:\n- name: x\n  api_key: {REDACTED}\n- token: {REDACTED}\n"
     )
-    assert redact_yaml("num_kv_heads: 4\nmax_tokens: 3\nkeep: 2\ntokenizer: gpt2") == (
-        "num_kv_heads: 4\nmax_tokens: 3\nkeep: 2\ntokenizer: gpt2"
-    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_kv_heads", 4),
+        ("max_tokens", 3),
+        ("tokenizer", "gpt2"),
+        ("eos_token", "<|endoftext|>"),
+        ("token", None),
+        ("auth", False),
+        ("init_from", "models--gpt2/snapshots/607a30d783dfa663caf39e06633721c8d4cfcd7e/model.safetensors"),
+        ("api_key", "${oc.env:WANDB_API_KEY}"),
+        ("Authorization", "Bearer ${oc.env:TOKEN}"),
+        ("header", "Authorization: Bearer ${oc.env:TOKEN}"),
+        ("url", "https://me:${oc.env:TOKEN}@host/"),
+    ],
+)
+def test_what_is_no_secret_stays(name, value):
+    assert redact_tree({"model": [{name: value}]}) == ({"model": [{name: value}]}, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("password", 1234),
+        ("api_key", "${oc.env:KEY,canary}"),  # a default is no reference
+        ("api_key", "${oc.env:KEY}canary"),
+        ("header", "authorization=Basic canary"),
+        ("anything", "0123456789abcdefcanary0123456789abcdef12"),
+    ],
+)
+def test_what_is_a_secret_is_named(name, value):
+    assert redact_tree({"a": {name: value}}) == ({"a": {name: REDACTED}}, [f"a.{name}"])
+
+
+def test_the_rest_of_a_value_stays():
+    assert redact("url", "https://me:canary@host/path") == f"https://{REDACTED}host/path"
 
 
 def test_versions_are_shown():
