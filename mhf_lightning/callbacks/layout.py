@@ -41,6 +41,7 @@ CHARTS = {
     },
     "memory": {
         "peak over ranks, GiB": _chart("memory/peak_min_gib", "memory/peak_mean_gib", "memory/peak_max_gib"),
+        "reserved over ranks, GiB": _chart(*(f"memory/peak_reserved_{of}_gib" for of in ("min", "mean", "max"))),
         "peak by phase, GiB": _chart("memory/peak_in_.*"),
     },
     "routers": {name.replace("_", " "): _chart(f"router/{name}/.*") for name in SCALARS},

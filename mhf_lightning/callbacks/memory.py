@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import resource
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,7 +29,9 @@ def peak_memory_gib(device: torch.device) -> float:
     """Return the peak since the process began in GiB: allocated bytes of a CUDA device, or the resident set."""
     if device.type == "cuda":
         return max(torch.cuda.max_memory_allocated(device), _reset_peaks.get(device, 0)) / GIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+    status = Path("/proc/self/status").read_text()
+    # Not ru_maxrss, which survives exec: it would be that of the process that started this one.
+    return int(re.search(r"^VmHWM:\s+(\d+) kB", status, re.M)[1]) * 1024 / GIB  # type: ignore[index]
 
 
 def resident_gib() -> float:
@@ -152,10 +154,13 @@ def over_ranks(columns: dict[str, Tensor]) -> dict[str, float]:
         "memory/host_rss_gib": columns["host"].max(),
     }
     if "reserved" in columns:
-        highest = int(peak.argmax())
+        highest, reserved = int(peak.argmax()), columns["reserved"]
         values |= {
             "memory/peak_allocated_gib": peak[highest],
-            "memory/peak_reserved_gib": columns["reserved"][highest],
+            "memory/peak_reserved_gib": reserved[highest],
+            "memory/peak_reserved_min_gib": reserved.min(),
+            "memory/peak_reserved_mean_gib": reserved.mean(),
+            "memory/peak_reserved_max_gib": reserved.max(),
             "memory/fragmentation": columns["split"].max(),
             "memory/alloc_retries": columns["retries"].sum(),
             "memory/ooms": columns["ooms"].sum(),

@@ -59,7 +59,7 @@ SCALARS = GateHealth._fields[:6]
 
 
 def gate_health(q: Tensor, router: Tensor, k: Tensor, u: Tensor, v: Tensor) -> GateHealth:
-    """Measure one layer's gate on some tokens.
+    """Measure one layer's gate on some tokens, in float32 as the layer computes it, also under autocast.
 
     Args:
         q: ``[T, H, d_h]``, normalised queries.
@@ -68,23 +68,24 @@ def gate_health(q: Tensor, router: Tensor, k: Tensor, u: Tensor, v: Tensor) -> G
         u: Up weights.
         v: Down weights.
     """
-    q, router = q.float(), router.float()
-    sigmoid = torch.einsum("thd,hde->the", q, router).sigmoid()
-    total = sigmoid.sum(-1, keepdim=True)
-    r = sigmoid / total.clamp_min(1e-20)
-    load = r.mean(0)
-    low, high = SATURATED
-    size = contributions(q, k, u, v, r)  # [T, H, E]
-    return GateHealth(
-        entropy_token=normalised_entropy(r).mean(0),
-        entropy_mean_gate=normalised_entropy(load),
-        effective_subnetworks=r.square().sum(-1).reciprocal().mean(0),
-        dead_fraction=(load < DEAD_SHARE / load.shape[-1]).float().mean(-1),
-        sigmoid_sum=total.mean((0, 2)),
-        saturation=((sigmoid < low) | (sigmoid > high)).float().mean((0, 2)),
-        load=load,
-        contribution=(size / size.sum(-1, keepdim=True).clamp_min(1e-20)).mean(0),
-    )
+    with torch.autocast(q.device.type, enabled=False):
+        q, router = q.float(), router.float()
+        sigmoid = torch.einsum("thd,hde->the", q, router).sigmoid()
+        total = sigmoid.sum(-1, keepdim=True)
+        r = sigmoid / total.clamp_min(1e-20)
+        load = r.mean(0)
+        low, high = SATURATED
+        size = contributions(q, k, u, v, r)  # [T, H, E]
+        return GateHealth(
+            entropy_token=normalised_entropy(r).mean(0),
+            entropy_mean_gate=normalised_entropy(load),
+            effective_subnetworks=r.square().sum(-1).reciprocal().mean(0),
+            dead_fraction=(load < DEAD_SHARE / load.shape[-1]).float().mean(-1),
+            sigmoid_sum=total.mean((0, 2)),
+            saturation=((sigmoid < low) | (sigmoid > high)).float().mean((0, 2)),
+            load=load,
+            contribution=(size / size.sum(-1, keepdim=True).clamp_min(1e-20)).mean(0),
+        )
 
 
 def normalised_entropy(p: Tensor) -> Tensor:

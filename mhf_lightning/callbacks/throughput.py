@@ -22,7 +22,7 @@ EXCLUDED = ("compile", "validation", "checkpoint")
 PHASES = TRAINING + EXCLUDED
 
 # What CUDA calls the devices, and their line in plan/gpus.py. A name that is not here has no MFU: its neighbours'
-# peaks differ by factors (H20 and H200, A10 and A10G).
+# peaks differ by factors (H20 and H200, A10 and A10G, the editions of one RTX PRO).
 DEVICES = {
     "NVIDIA A100-SXM4-40GB": "a100-40gb",
     "NVIDIA A100-PCIE-40GB": "a100-40gb",
@@ -32,12 +32,16 @@ DEVICES = {
     "NVIDIA H100 PCIe": "h100-pcie",
     "NVIDIA H100 NVL": "h100-nvl",
     "NVIDIA H200": "h200",
+    "NVIDIA H200 NVL": "h200-nvl",
     "NVIDIA GH200 480GB": "gh200",
     "NVIDIA B200": "b200",
+    "NVIDIA GB200": "gb200",
+    "NVIDIA B300 SXM6 AC": "b300",
     "NVIDIA L40S": "l40s",
     "NVIDIA L4": "l4",
     "NVIDIA A10": "a10",
     "NVIDIA GeForce RTX 4090": "rtx-4090",
+    "NVIDIA RTX PRO 6000 Blackwell Workstation Edition": "rtx-pro-6000",
 }
 
 
@@ -93,10 +97,12 @@ class Throughput(Callback):
         self._ranks = RankTable()
         self._warm = False
         loop: Any = trainer.fit_loop.epoch_loop
-        loop._on_before_fetch = self._on_before_fetch
 
-    def _on_before_fetch(self) -> None:
-        self._enter("data")
+        def before_fetch() -> None:
+            self._enter("data")
+            type(loop)._on_before_fetch(loop)  # begins what a profiler expects to end
+
+        loop._on_before_fetch = before_fetch
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: PretrainModule, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
         """Begin the forward."""

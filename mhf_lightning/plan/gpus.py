@@ -31,12 +31,18 @@ GPUS: dict[str, GPU] = {
     "h100-pcie": GPU(80, 756.5e12, True, f"NVIDIA H100 Tensor Core GPU data sheet (PCIe; {_HALVED})"),
     "h100-nvl": GPU(94, 835.5e12, True, f"NVIDIA H100 Tensor Core GPU data sheet (NVL; {_HALVED})"),
     "h200": GPU(141, 989.5e12, True, f"NVIDIA H200 Tensor Core GPU data sheet (SXM; {_HALVED})"),
+    "h200-nvl": GPU(141, 835.5e12, True, f"NVIDIA H200 Tensor Core GPU data sheet (NVL; {_HALVED})"),
     "gh200": GPU(96, 990e12, True, f"NVIDIA GH200 Grace Hopper Superchip data sheet (HBM3; {_HALVED})"),
     "b200": GPU(180, 2250e12, True, f"NVIDIA DGX B200 data sheet, an eighth ({_HALVED})"),
+    "gb200": GPU(186, 2500e12, True, f"NVIDIA GB200 NVL72 data sheet, a 72nd ({_HALVED})"),
+    "b300": GPU(262, 2250e12, True, f"NVIDIA HGX B300 data sheet, an eighth ({_HALVED})"),
     "l40s": GPU(48, 362.05e12, False, "NVIDIA L40S data sheet"),
     "l4": GPU(24, 121e12, False, f"NVIDIA L4 Tensor Core GPU data sheet ({_HALVED})"),
     "a10": GPU(24, 125e12, False, "NVIDIA A10 Tensor Core GPU data sheet"),
     "rtx-4090": GPU(24, 165.2e12, False, "NVIDIA Ada GPU Architecture white paper (float32 accumulation)"),
+    "rtx-pro-6000": GPU(
+        96, 503.8e12, False, "NVIDIA RTX Blackwell PRO GPU Architecture white paper (Workstation Edition)"
+    ),
 }
 
 

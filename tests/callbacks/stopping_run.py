@@ -7,9 +7,9 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +32,7 @@ VALIDATE_EVERY = 4
 
 @dataclass(frozen=True)
 class Case:
-    """When which ranks are sent what."""
+    """When which ranks are sent what; the slow rank is slow from the signal's step on."""
 
     folder: Path
     corpus: str
@@ -65,7 +65,8 @@ class Moments(Callback):
         self.write(start=trainer.global_step)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        time.sleep(0.5 if self.rank == self.case.slow_rank else 0.0)
+        slow = self.rank == self.case.slow_rank and trainer.global_step >= int(self.case.moment.split()[-1])
+        time.sleep(0.5 if slow else 0.0)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if not trainer.fit_loop._should_accumulate():
@@ -83,14 +84,15 @@ class Moments(Callback):
         self.send(f"save of step {trainer.global_step}")
 
 
-def train(case: Case, rank: int, port: int) -> None:
+def train(case: Case, rank: int, rendezvous: Path) -> None:
     """One rank's process."""
     block_stop_signals()
     output = os.open(case.folder / f"output-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0")
     torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     seed_everything(3)
     ffn = FFNConfig("flash_mhf", num_heads=2, num_subnetworks=2, d_e=16)
     decoder = DecoderConfig(vocab_size=300, d_model=32, num_layers=2, num_attention_heads=2, ffn=ffn, dropout=0.1)
@@ -128,10 +130,8 @@ def start(case: Case) -> list[multiprocessing.Process]:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])  # the server's own
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["stopping_run"])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = [context.Process(target=train, args=(case, rank, port)) for rank in range(2)]
+    rendezvous = case.folder / f"rendezvous-{uuid.uuid4().hex}"  # a port that is free now may not be later
+    processes = [context.Process(target=train, args=(case, rank, rendezvous)) for rank in range(2)]
     for process in processes:
         process.start()
     return processes

@@ -1,5 +1,7 @@
 """Peak memory by phase and over ranks, and what is said where memory runs out. The GPU's side is in tests/gpu."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +10,7 @@ from lightning.pytorch import Callback
 from timed_run import CONFIG, train
 
 from mhf_lightning.callbacks import memory
-from mhf_lightning.callbacks.memory import GIB, PeakMemory, over_ranks, settings_to_try
+from mhf_lightning.callbacks.memory import GIB, PHASES, PeakMemory, over_ranks, settings_to_try
 from mhf_lightning.training.module import PretrainModule
 
 
@@ -73,6 +75,7 @@ def test_the_peak_of_each_phase_window_and_run(allocator, monkeypatch):
     assert "memory/peak_in_validation_gib" not in points[0]
     assert points[0]["memory/peak_allocated_gib"] == points[0]["memory/peak_gib"] == 6
     assert points[0]["memory/peak_reserved_gib"] == 7
+    assert points[0]["memory/peak_reserved_min_gib"] == points[0]["memory/peak_reserved_max_gib"] == 7
     assert points[0]["memory/fragmentation"] == 0.25
     assert (points[0]["memory/alloc_retries"], points[0]["memory/ooms"]) == (2, 1)
 
@@ -97,6 +100,29 @@ def test_which_rank_has_the_peak():
         "memory/peak_rank": 1,
         "memory/host_rss_gib": 4,
     }
+
+
+def test_reserved_memory_of_the_ranks():
+    """The rank with the highest peak is not the one that has reserved the most."""
+    columns = {key: torch.zeros(3, dtype=torch.float64) for key in ("run", "host", "split", "retries", "ooms", *PHASES)}
+    columns |= {"peak": torch.tensor([2.0, 7.0, 3.0]), "reserved": torch.tensor([4.0, 8.0, 9.0])}
+    values = over_ranks(columns)
+    found = [values[f"memory/peak_reserved{of}_gib"] for of in ("", "_min", "_mean", "_max")]
+    assert found == [8, 4, 7, 9]
+
+
+PEAK_AFTER_EXEC = """
+import os, sys
+held = b"x" * (3 * 2**29)
+code = "import torch; from mhf_lightning.callbacks.memory import peak_memory_gib as p; print(p(torch.device('cpu')))"
+os.execv(sys.executable, [sys.executable, "-c", code])
+"""
+
+
+@pytest.mark.slow
+def test_the_peak_is_not_that_of_the_process_that_started_this_one():
+    done = subprocess.run([sys.executable, "-c", PEAK_AFTER_EXEC], capture_output=True, text=True, check=True)
+    assert 0.1 < float(done.stdout) < 1.5
 
 
 def test_the_resident_set_is_that_of_this_process():

@@ -63,10 +63,8 @@ def measure() -> dict[str, tuple[float, float]]:
 @pytest.mark.slow
 def test_the_callbacks_cost_little_on_the_host():
     found = measure()
-    names = {"Throughput", "PeakMemory", "ModelHealth", "RouterHealth", "Layout", "RunText", "ProgressLines"}
-    assert set(found) == names
-    assert sum(ordinary for ordinary, _ in found.values()) < 2
-    assert sum(logging for _, logging in found.values()) < 100
+    assert 0 < sum(ordinary for ordinary, _ in found.values()) < 2
+    assert 0 < sum(logging for _, logging in found.values()) < 100
 
 
 if __name__ == "__main__":

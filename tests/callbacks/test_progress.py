@@ -15,7 +15,7 @@ def test_lines_of_a_file(capsys):
     lines = [line for line in printed if line.startswith("step")]
     assert printed == lines
     loss, perplexity = (result["points"][f"train/{key}"][1] for key in ("loss", "perplexity"))
-    beginning = rf"step 2/6  loss {loss:.3f}  ppl {perplexity:.1f}  tok/s \d+  mem 0\.\dG  left 0:00:0\d"
+    beginning = rf"step 2/6  loss {loss:.3f}  ppl {perplexity:.1f}  tok/s \d+  mem \d+\.\dG  left \d+:\d\d:\d\d"
     assert re.fullmatch(beginning, lines[0])
     found = result["points"]["val/loss"][2], result["points"]["val/perplexity"][2]
     assert lines[1] == f"step 3: validation loss {found[0]:.4f}, perplexity {found[1]:.2f}"

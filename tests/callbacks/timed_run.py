@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import traceback
@@ -192,7 +191,8 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
 
     It has strategy, rows and steps, and may have accumulate, every (steps between points), validate_every
     (micro-batches), speeds (of the ranks' clocks), router (steps), dropout, module (arguments of PretrainModule),
-    logdir, progress (bar or lines), save_after, folder, resume, and monitored: false for a run without our callbacks.
+    logdir, progress (bar or lines), profiler (Lightning's name), save_after, folder, resume, and monitored: false for a
+    run without our callbacks.
     """
     CLOCK.now, CLOCK.speed = 0.0, case.get("speeds", {}).get(os.environ.get("RANK", "0"), 1.0)
     ClockMark.clock = CLOCK
@@ -225,6 +225,7 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
         logger=[points, *([TensorBoardLogger(case["logdir"], name="", version="")] if "logdir" in case else [])],
         enable_checkpointing=False,
         enable_progress_bar="progress" in case,
+        profiler=case.get("profiler"),
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
@@ -242,14 +243,11 @@ def train_on_ranks(cases: dict[str, dict[str, Any]], world: int, folder: Path) -
     """Train every case on ``world`` gloo processes; return the results by case of each rank."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cases.json").write_text(json.dumps(cases))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     processes = []
     for rank in range(world):
         environment = {
             **os.environ,
-            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "RANK": str(rank)},
+            **{"WORLD_SIZE": str(world), "RANK": str(rank)},
             **{"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world), "GROUP_RANK": "0", "NODE_RANK": "0"},
             **{"TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1"},
         }
@@ -271,13 +269,16 @@ def main() -> None:
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    # Before Lightning, which would want a port: one that is free now may not be when the ranks have started.
+    torch.distributed.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=world)
     results = {}
     for name, case in cases.items():
         try:
             results[name] = train(case)
         except Exception:
             results[name] = {"error": traceback.format_exc()}
-    (out / f"rank{os.environ['RANK']}.json").write_text(json.dumps(results))
+    (out / f"rank{rank}.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
