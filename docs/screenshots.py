@@ -4,11 +4,12 @@ Draws `mhf report`, and a TensorBoard that it starts and ends, in a headless Chr
 (`pip install playwright`), and Chromium in the PATH or from `playwright install chromium`.
 """
 
+from __future__ import annotations
+
 import argparse
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
@@ -17,15 +18,18 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from playwright.sync_api import Browser, sync_playwright
+from typing import TYPE_CHECKING
 
 from mhf_lightning.callbacks.summary import tensorboard_command
 from mhf_lightning.report.page import render
 from mhf_lightning.report.results import load
 
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
 WIDTH = 1280
 CARDS = ("train/loss", "val/perplexity", "throughput/tokens_per_s", "memory/peak_gib")
+START_SECONDS = 180.0
 
 
 @contextmanager
@@ -41,7 +45,7 @@ def tensorboard(logdir: Path) -> Iterator[str]:
         stderr=subprocess.DEVNULL,
     )
     try:
-        until = time.monotonic() + 60
+        until = time.monotonic() + START_SECONDS
         while True:
             try:
                 with urllib.request.urlopen(f"{address}/data/runs", timeout=5) as reply:
@@ -54,17 +58,33 @@ def tensorboard(logdir: Path) -> Iterator[str]:
             time.sleep(0.2)
         yield address
     finally:
-        os.kill(server.pid, signal.SIGTERM)
+        server.terminate()
         server.wait()
+
+
+def find_chromium() -> str | None:
+    """Return the system's Chromium or Chrome; None without."""
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
     """Start a headless Chromium: the system's, else playwright's."""
+    from playwright.sync_api import sync_playwright
+
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=find_chromium(), args=["--no-sandbox"])
         yield browser
         browser.close()
+
+
+def link_runs(runs: list[Path], logdir: Path) -> None:
+    """Put links to runs into a folder, named by their paths below what these have in common."""
+    folders = [run.resolve() for run in runs]
+    common = os.path.commonpath([folder.parent for folder in folders])
+    logdir.mkdir()
+    for folder in folders:
+        (logdir / "-".join(folder.relative_to(common).parts)).symlink_to(folder)
 
 
 def photograph_report(browser: Browser, runs: list[Path], folder: Path, image: Path) -> None:
@@ -80,9 +100,7 @@ def photograph_report(browser: Browser, runs: list[Path], folder: Path, image: P
 def photograph_tensorboard(browser: Browser, runs: list[Path], folder: Path, image: Path) -> None:
     """Draw four of TensorBoard's cards."""
     logdir = folder / "runs"
-    logdir.mkdir()
-    for run in runs:
-        (logdir / run.name).symlink_to(run.resolve())
+    link_runs(runs, logdir)
     with tensorboard(logdir) as address:
         page = browser.new_page(viewport={"width": WIDTH, "height": 1040})
         pattern = "|".join(f"^{re.escape(tag)}$" for tag in CARDS)

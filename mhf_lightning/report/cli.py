@@ -10,9 +10,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mhf_lightning.report.page import render
-from mhf_lightning.report.results import load
-
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of `mhf report`."""
@@ -33,6 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     args = build_parser().parse_args(argv)
     try:
+        try:
+            from mhf_lightning.report.page import render
+        except ImportError as error:
+            raise ValueError(f"plotly is not installed ({error}): pip install 'mhf-lightning[report]'") from error
+        from mhf_lightning.report.results import load
+
         if args.output.exists():
             raise ValueError(f"{args.output} exists; remove it, or choose another file with -o")
         results = load(args.runs)

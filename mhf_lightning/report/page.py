@@ -14,7 +14,7 @@ from plotly.offline import get_plotlyjs
 
 from mhf_lightning import __version__
 from mhf_lightning.report import figures
-from mhf_lightning.report.results import MAX_POINTS, Result, differences, show
+from mhf_lightning.report.results import MAX_POINTS, Result, differences, evaluation_table, show
 
 ROUTER = {
     "entropy_token": "entropy of a token's gate",
@@ -47,6 +47,7 @@ def render(results: list[Result]) -> str:
         router_names=ROUTER,
         router=[{tag: show(result.events.last(f"router/{tag}/mean"), ",.3f") for tag in ROUTER} for result in results],
         images=[_images(result) for result in results],
+        evaluations=evaluation_table(results),
         differences=differences(results),
     )
 

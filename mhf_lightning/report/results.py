@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import yaml
 
+from mhf_lightning.redaction import redact_tree
 from mhf_lightning.report.events import Events, Series, read_events
-from mhf_lightning.runs import Run, read_run
+from mhf_lightning.runs import Run, last_config, read_run
 
 AXES = {"steps": "step", "tokens": "tokens", "wall time": "hours since the first event", "FLOPs": "FLOPs of the model"}
 COUNTERS = {"tokens": "train/tokens", "FLOPs": "throughput/flops"}  # scalars that give an axis
@@ -25,6 +26,7 @@ CURVES = {
 }
 MAX_POINTS = 2000  # of a curve on the page
 NOT_AVAILABLE = "n/a"
+STANDARD_ERROR = "_stderr"  # end of the name of a metric
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,21 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """What `mhf eval` found for one task or text.
+
+    Attributes:
+        task: Its name.
+        step: Optimiser steps of the checkpoint.
+        metrics: By name; None where a value was not finite.
+    """
+
+    task: str
+    step: int
+    metrics: dict[str, float | None]
+
+
+@dataclass(frozen=True)
 class Result:
     """A run of the report.
 
@@ -50,7 +67,8 @@ class Result:
         name: What the page calls it.
         run: What its history says.
         events: What its event files say.
-        config: Its ``config.yaml``, values as JSON by dotted keys.
+        config: Configuration of its last start without secrets, values as JSON by dotted keys.
+        evaluations: Results of `mhf eval`, in no order.
         curves: By tag of ``CURVES``.
         warnings: What could not be read or drawn, a sentence each.
     """
@@ -59,6 +77,7 @@ class Result:
     run: Run
     events: Events
     config: dict[str, str]
+    evaluations: list[Evaluation]
     curves: dict[str, Curve]
     warnings: list[str]
 
@@ -142,18 +161,24 @@ def _load(name: str, folder: Path) -> Result:
     if run.reason:
         warnings.append(f"failed: {run.reason}")
     try:
-        config = read_config(folder / "config.yaml")
+        config = read_config(last_config(folder) or folder / "config.yaml")
     except ValueError as error:
         config = {}
         warnings.append(str(error))
+    evaluations = []
+    for path in sorted((folder / "eval").glob("*.json")):
+        try:
+            evaluations += read_evaluations(path)
+        except ValueError as error:
+            warnings.append(str(error))
     curves = {tag: curve(events, tag) for tag in CURVES}
     left_out = {tag: drawn.left_out for tag, drawn in curves.items() if drawn.left_out}
     warnings += [f"{tag}: not finite and not drawn at {number:,} steps" for tag, number in left_out.items()]
-    return Result(name, run, events, config, curves, warnings)
+    return Result(name, run, events, config, evaluations, curves, warnings)
 
 
 def read_config(path: Path) -> dict[str, str]:
-    """Return the values of a configuration as JSON, by dotted keys; lists count as values.
+    """Return the values of a configuration as JSON, by dotted keys, without secrets; lists count as values.
 
     Raises:
         ValueError: It is missing or no YAML mapping.
@@ -165,7 +190,7 @@ def read_config(path: Path) -> dict[str, str]:
         raise ValueError(f"{path}: {reason}; its configuration is not compared") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path}: no mapping of keys to values; its configuration is not compared")
-    return dict(_flat(config, ""))
+    return dict(_flat(redact_tree(config)[0], ""))
 
 
 def _flat(config: dict[Any, Any], prefix: str) -> Iterator[tuple[str, str]]:
@@ -174,6 +199,43 @@ def _flat(config: dict[Any, Any], prefix: str) -> Iterator[tuple[str, str]]:
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", json.dumps(value, default=str, ensure_ascii=False)
+
+
+def read_evaluations(path: Path) -> list[Evaluation]:
+    """Return the results of a file of `mhf eval`.
+
+    Raises:
+        ValueError: It is no such file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found = []
+        for task, metrics in content["results"].items():
+            values = {name: None if value is None else float(value) for name, value in metrics.items()}
+            found.append(Evaluation(task, int(content["step"]), values))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: no results of mhf eval ({error!r}); left out") from error
+    return found
+
+
+def evaluation_table(results: list[Result]) -> tuple[list[str], list[list[str]]]:
+    """Return the metrics of all evaluations, and a line for each: task, run, step, metrics, those of a task together.
+
+    A standard error stands with its metric.
+    """
+    rows = [(e.task, number, e.step, e.metrics) for number, result in enumerate(results) for e in result.evaluations]
+    rows.sort(key=lambda row: row[:3])
+    names = dict.fromkeys(name for *_, metrics in rows for name in metrics if not name.endswith(STANDARD_ERROR))
+
+    def cell(metrics: dict[str, float | None], name: str) -> str:
+        error = metrics.get(name + STANDARD_ERROR)
+        return show(metrics.get(name), ",.4f") + ("" if error is None else f" ± {error:,.4f}")
+
+    lines = [
+        [task, results[number].name, f"{step:,}", *(cell(metrics, name) for name in names)]
+        for task, number, step, metrics in rows
+    ]
+    return list(names), lines
 
 
 def curve(events: Events, tag: str) -> Curve:

@@ -1,6 +1,8 @@
 """Run folders for the report: written by hand with TensorBoard's writer, and one by a real, resumed `mhf fit`."""
 
-import shutil
+import importlib.util
+import os
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from report_runs import mhf
 from mhf_lightning.data.prepare import prepare
 
 ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "docs"))  # the script that makes the README's pictures
 
 
 @pytest.fixture(scope="session")
@@ -35,20 +38,22 @@ def trained(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def browser():
     """A headless Chromium; closed with the module, since other tests cannot run an event loop beside playwright's."""
-    sync_api = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("there is no Chromium on this machine")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+    import screenshots
+
+    missing = [] if screenshots.find_chromium() else ["Chromium or Chrome in the PATH"]
+    missing += [] if importlib.util.find_spec("playwright") else ["the package playwright"]
+    if missing:
+        reason = f"the tests of the pages need {' and '.join(missing)}"
+        pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
+    with screenshots.chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
 def page(browser):
     """A page at 1280 pixels. Requests that leave this machine are stopped; they and errors on the console fail."""
     page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.set_default_timeout(120_000)  # the machine may be busy
     failures: list[str] = []
 
     def only_here(route) -> None:

@@ -50,6 +50,14 @@ def write_events(folder: Path, points: list[Point], *, number: int = 0, purge: i
     return path
 
 
+def write_evaluation(run_dir: Path, name: str, results: dict[str, Any], step: int = 20) -> Path:
+    """Write a file as `mhf eval` does."""
+    path = run_dir / "eval" / f"{name}-step-{step}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"kind": "tasks", "name": name, "step": step, "results": results}))
+    return path
+
+
 def write_run(run_dir: Path, *, steps: int = 20, scale: float = 1.0, config: str = "model: {width: 8}\n") -> Path:
     """Write history, configuration and every tag that the report reads; losses are ``scale * (10 - step / 10)``."""
     points: list[Point] = []

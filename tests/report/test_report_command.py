@@ -28,6 +28,16 @@ def test_neither_torch_nor_lightning_is_imported(tmp_path):
     assert (tmp_path / "report.html").stat().st_size > 4_000_000  # plotly is inside
 
 
+def test_without_plotly_the_extra_is_named(tmp_path):
+    hidden = "import sys; sys.modules['plotly'] = None; from mhf_lightning.report.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", hidden, str(write_run(tmp_path / "one")), "-o", str(tmp_path / "report.html")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("mhf report: error: plotly is not installed (")
+    assert done.stderr.endswith(": pip install 'mhf-lightning[report]'\n")
+    assert done.stderr.count("\n") == 1
+
+
 def test_an_existing_file_is_left_alone(tmp_path):
     (tmp_path / "report.html").write_text("mine")
     printed = mhf("report", str(write_run(tmp_path / "one")), "-o", str(tmp_path / "report.html"), code=2)

@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from report_runs import PNG, write_events, write_run
+import screenshots
+from report_runs import PNG, write_evaluation, write_events, write_run
 
 from mhf_lightning.report.page import render
 from mhf_lightning.report.results import CURVES, load
@@ -83,6 +84,25 @@ def test_the_router_and_the_differences_are_shown(report):
     assert texts(report, "#differences tbody tr > *") == ["model.width", "8", "16"]
 
 
+def test_evaluations_of_one_task_stand_together(page, tmp_path):
+    runs = [write_run(tmp_path / name) for name in ("one", "two")]
+    for run, accuracy in zip(runs, (0.5, 0.25), strict=True):
+        write_evaluation(run, "tasks", {"piqa": {"acc": accuracy, "acc_stderr": 0.0125}})
+        write_evaluation(run, "held_out", {"held_out": {"loss": 2.0, "perplexity": None}})
+    open_report(page, tmp_path, *runs)
+    assert texts(page, "#evaluations thead th") == ["task or text", "run", "step", "loss", "perplexity", "acc"]
+    assert [texts(page, f"#evaluations tbody tr:nth-child({n}) > *") for n in (1, 2, 3, 4)] == [
+        ["held_out", "one", "20", "2.0000", "n/a", "n/a"],
+        ["held_out", "two", "20", "2.0000", "n/a", "n/a"],
+        ["piqa", "one", "20", "n/a", "n/a", "0.5000 ± 0.0125"],
+        ["piqa", "two", "20", "n/a", "n/a", "0.2500 ± 0.0125"],
+    ]
+
+
+def test_without_evaluations_there_is_no_table_of_them(report):
+    assert report.locator("#evaluations").count() == 0
+
+
 def test_the_page_fits_1280_pixels(report):
     assert report.evaluate("document.documentElement.scrollWidth") <= 1280
 
@@ -113,7 +133,7 @@ def test_only_older_runs(page, tmp_path):
 
 def test_names_and_values_are_text(page, tmp_path):
     name = "<img src=x onerror=alert(1)><script>alert(2)<b>%{x}"
-    run = write_run(tmp_path / name, config='model: {"</script><b>key": "</script><script>alert(3)"}\n')
+    run = write_run(tmp_path / name, config='model: {"</script><b>width": "</script><script>alert(3)"}\n')
     write_events(run / "tensorboard", [("router/<i>load_1", 0, PNG), ("time/<b>x", 0, 0.5)], number=1)
     other = write_run(tmp_path / "other")
     asked: list[str] = []
@@ -122,7 +142,7 @@ def test_names_and_values_are_text(page, tmp_path):
     assert texts(page, "#runs tbody tr:first-child th") == [name]
     assert texts(page, "#curves .legendtext") == [name, "other"]
     assert name in texts(page, "#bars .ytick text")
-    assert "model.</script><b>key" in texts(page, "#differences th")
+    assert "model.</script><b>width" in texts(page, "#differences th")
     assert '"</script><script>alert(3)"' in texts(page, "#differences td")
     assert "<i>load_1, step 0" in texts(page, "figcaption")
     assert "<b>x" in texts(page, "#shares .legendtext")
@@ -160,12 +180,7 @@ def test_the_report_of_a_real_resumed_run(page, trained, tmp_path):
 @pytest.fixture(scope="module")
 def tensorboard(browser, trained):
     """The address of the TensorBoard that `mhf fit` names, on the real run."""
-    sys.path.insert(0, str(DOCS))
-    try:
-        from screenshots import tensorboard
-    finally:
-        sys.path.remove(str(DOCS))
-    with tensorboard(trained) as address:
+    with screenshots.tensorboard(trained) as address:
         yield address
 
 
@@ -219,6 +234,23 @@ def test_tensorboard_shows_the_routers_as_images(page, tensorboard):
     page.locator(".heading-label.name", has_text="router/load/layer_1").wait_for()
     page.locator("tf-image-loader img").first.wait_for()
     assert page.locator("tf-image-loader img").first.evaluate("image => image.naturalWidth") > 10
+
+
+def test_a_tensorboard_that_ends_at_once_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(screenshots, "tensorboard_command", lambda logdir: [sys.executable, "-c", "pass"])
+    with pytest.raises(RuntimeError, match="TensorBoard does not answer"), screenshots.tensorboard(tmp_path):
+        pass
+
+
+def test_runs_of_the_same_name_have_links_of_their_own(tmp_path):
+    runs = [tmp_path / name for name in ("a/run", "b/run")]
+    for run in runs:
+        run.mkdir(parents=True)
+    screenshots.link_runs(runs, tmp_path / "links")
+    assert {link.name: link.resolve() for link in (tmp_path / "links").iterdir()} == {
+        "a-run": runs[0].resolve(),
+        "b-run": runs[1].resolve(),
+    }
 
 
 @pytest.mark.slow

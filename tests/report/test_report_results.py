@@ -2,10 +2,18 @@
 
 import numpy as np
 import pytest
-from report_runs import write_events, write_run
+from report_runs import write_evaluation, write_events, write_run
 
 from mhf_lightning.report.events import Series
-from mhf_lightning.report.results import MAX_POINTS, at_steps, differences, load, read_config, thin
+from mhf_lightning.report.results import (
+    MAX_POINTS,
+    at_steps,
+    differences,
+    evaluation_table,
+    load,
+    read_config,
+    thin,
+)
 
 
 def test_the_figures_of_a_run(tmp_path):
@@ -112,6 +120,34 @@ def test_only_keys_that_differ_are_listed(tmp_path):
         "model.new": [None, "{}"],
         "model.width": ["8", "16"],
     }
+
+
+def test_the_configuration_is_that_of_the_last_start(tmp_path):
+    run = write_run(tmp_path / "one", config="lr: 1\n")
+    for number, lr in ((1, 2), (2, 3), (10, 4)):
+        (run / f"config-resume-{number}.yaml").write_text(f"lr: {lr}\n")
+    assert load([run])[0].config == {"lr": "4"}
+
+
+def test_secrets_in_the_configuration_of_an_older_run_are_not_shown(tmp_path):
+    config = "logger: {api_key: canary, urls: ['https://me:canary@host'], save_dir: '${oc.env:LOGS}'}\n"
+    (result,) = load([write_run(tmp_path / "one", config=config)])
+    assert result.config == {
+        "logger.api_key": '"(redacted)"',
+        "logger.urls": '["https://(redacted)host"]',
+        "logger.save_dir": '"${oc.env:LOGS}"',
+    }
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"step": 1}', '{"step": 1, "results": {"a": {"loss": "x"}}}'])
+def test_an_evaluation_that_cannot_be_read_is_named(tmp_path, content):
+    run = write_run(tmp_path / "one")
+    write_evaluation(run, "whole", {"piqa": {"acc": 0.5}})
+    (run / "eval/other.json").write_text(content)
+    (result,) = load([run])
+    (warning,) = result.warnings
+    assert warning.startswith(f"{run / 'eval/other.json'}: no results of mhf eval")
+    assert evaluation_table([result]) == (["acc"], [["piqa", "one", "20", "0.5000"]])
 
 
 @pytest.mark.parametrize("content", ["a: [1", "just text", "", "\x00"])
