@@ -53,7 +53,7 @@ class CausalAttention(nn.Module):
             k,
             v,
             attn_mask=mask,
-            is_causal=mask is None and q.shape[2] == k.shape[2],
+            is_causal=mask is None and (extend is None or q.shape[2] == k.shape[2]),
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
         return self.o_proj(attended.transpose(1, 2).flatten(2))

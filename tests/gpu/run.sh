@@ -20,8 +20,12 @@ for stage in "${@:-check layer}"; do
         case $part in
         check)
             workers=$("$python" -c "import importlib.util as u; print(*(['-n', '8'] if u.find_spec('xdist') else []))")
-            "$python" -m pytest -q $workers tests/gpu > "$out/tests.log" 2>&1 || status=1
+            timed=tests/gpu/test_callbacks_on_a_gpu.py  # by itself: its figures are times
+            "$python" -m pytest -q $workers tests/gpu --ignore $timed > "$out/tests.log" 2>&1 || status=1
             tail -n 25 "$out/tests.log"
+            "$python" -m pytest -q -s $timed > "$out/callbacks.log" 2>&1 || status=1
+            grep "370M:" "$out/callbacks.log"
+            tail -n 12 "$out/callbacks.log"
             "$python" tests/gpu/measure_plan.py --out "$out/plan.csv" 2>&1 | tee "$out/plan.log" || status=1
             ;;
         layer)
