@@ -14,10 +14,11 @@ class Heartbeat(Callback):
     """Each rank keeps ``rank-N`` in a folder: optimiser steps done, batches done by this process, Unix time.
 
     On SIGUSR2 the stacks of all threads are appended to ``stacks-rank-N.txt`` there. The handler is C code: it also
-    runs while Python waits inside a collective. Both begin before the ranks look for each other.
+    runs while Python waits inside a collective. Both begin before the ranks look for each other, with the step that the
+    run is to continue from.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         rank = rank_zero_only.rank  # type: ignore[attr-defined]
         stacks = os.open(folder / f"stacks-rank-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -25,10 +26,10 @@ class Heartbeat(Callback):
         self._file = os.open(folder / f"rank-{rank}", os.O_WRONLY | os.O_CREAT, 0o644)
         self._batches = 0
         self._sent = 0.0
-        self._beat(0)
+        self._beat(step)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say from which step the run continues."""
+        """Beat."""
         self._beat(trainer.global_step)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:

@@ -9,14 +9,16 @@ import json
 import logging
 import os
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from jsonargparse import set_parsing_settings
 import yaml
+from jsonargparse import set_parsing_settings
 from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
@@ -89,13 +91,13 @@ class MHFCLI(LightningCLI):
             "--sample_prompt", type=str | None, default=None, help="Text to continue in the final summary."
         )
 
-    @property
-    def run_dir(self) -> Path:
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and remember what comes from environment variables."""
         with environment_references() as self._references:
             super().parse_arguments(parser, args)
 
+    @property
+    def run_dir(self) -> Path:
         """Folder of the run."""
         return Path(self._get(self.config, "run_dir"))
 
@@ -153,7 +155,7 @@ class MHFCLI(LightningCLI):
             else:
                 restore_stop_signals()  # there would be nothing to come back to
             if "MHF_HEARTBEAT_DIR" in os.environ:
-                callbacks.append(Heartbeat(Path(os.environ["MHF_HEARTBEAT_DIR"])))
+                callbacks.append(Heartbeat(Path(os.environ["MHF_HEARTBEAT_DIR"]), self._resumed_step() or 0))
         if config.get("precision") is None:
             on_gpu = torch.cuda.is_available() and config.get("accelerator") != "cpu"
             config["precision"] = "bf16-mixed" if on_gpu else "32-true"
@@ -171,8 +173,6 @@ class MHFCLI(LightningCLI):
             config["logger"] = False
         return self._instantiate_trainer({**config, **kwargs}, callbacks)
 
-    def _resumed_step(self) -> int | None:
-        """Return the step to continue from: curves that a cut-off run drew past it are purged."""
     def _text_of_config(self) -> str:
         """Return the resolved configuration as YAML without secrets.
 
@@ -190,10 +190,27 @@ class MHFCLI(LightningCLI):
             )
         return yaml.safe_dump(written, sort_keys=False, allow_unicode=True)
 
+    def _resumed_step(self) -> int | None:
+        """Return the step to continue from: curves that a cut-off run drew past it are purged."""
         path = self._get(self.config, "ckpt_path")
         if path:
             return Manifest.load(Path(path)).step
         return 0 if (self.run_dir / "config.yaml").exists() else None  # cut off before its first checkpoint
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train; once that has begun, an error is no longer one of the options, and ends with code 1.
+
+        So slurm/pretrain.sbatch tries again after a ValueError too, such as the CheckpointError of a failed save.
+        """
+        trainer, begun = cast(Any, self.trainer), []
+        trainer.callbacks.append(LambdaCallback(on_train_start=lambda *_: begun.append(True)))
+        try:
+            trainer.fit(**kwargs)
+        except ValueError:
+            if not begun:
+                raise
+            traceback.print_exc()
+            sys.exit(1)
 
     def predict(self, **kwargs: Any) -> None:
         """Write one line per validation block: its index, summed loss in nats, and number of target tokens.

@@ -13,7 +13,8 @@ import os, sys, threading, time
 from pathlib import Path
 os.environ["SLURM_PROCID"] = "3"
 from mhf_lightning.callbacks.heartbeat import Heartbeat
-heart = Heartbeat(Path(sys.argv[1]))
+heart = Heartbeat(Path(sys.argv[1]), step=5)
+print((Path(sys.argv[1]) / "rank-3").read_text().split()[0], flush=True)
 class Trainer: global_step = 7; sanity_checking = False
 def where_it_hangs():
     print("hangs", flush=True)
@@ -33,6 +34,7 @@ def hanging(tmp_path_factory):
     process = subprocess.Popen(
         [sys.executable, "-c", HANGS, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
+    assert process.stdout.readline() == "5\n"  # before training starts: the step to continue from
     assert process.stdout.readline() == "hangs\n"
     yield process, folder
     process.kill()
