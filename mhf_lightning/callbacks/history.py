@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from mhf_lightning.callbacks.preemption import EXIT_PREEMPTED
+from mhf_lightning.checkpoint.strategy import CommittedCheckpoints
 from mhf_lightning.model import ParameterCount, count_parameters
 from mhf_lightning.runs import HISTORY, read_history
 from mhf_lightning.training.module import PretrainModule
@@ -36,10 +37,13 @@ class History(Callback):
         self._started = False
         self._parameters = ParameterCount(0, 0)
         self._last_progress = -1, 0.0  # step and monotonic time
+        self._saving: dict[int, dict[str, Any]] = {}  # what to write of a step when its checkpoint is committed
 
     def setup(self, trainer: Trainer, pl_module: PretrainModule, stage: str) -> None:  # type: ignore[override]
-        """Count the parameters, before any are split over ranks."""
+        """Count the parameters, before any are split over ranks; ask to be told of committed checkpoints."""
         self._parameters = count_parameters(pl_module.decoder)
+        if isinstance(trainer.strategy, CommittedCheckpoints):
+            trainer.strategy.on_commit = self._committed
 
     def on_fit_start(self, trainer: Trainer, pl_module: PretrainModule) -> None:  # type: ignore[override]
         """Open the file."""
@@ -59,7 +63,7 @@ class History(Callback):
         self._started = True
         self._write(
             "start",
-            trainer,
+            trainer.global_step,
             tokens=pl_module.tokens_seen,
             process_start=process_start(),
             max_steps=trainer.max_steps,
@@ -82,20 +86,26 @@ class History(Callback):
             self._progress(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: PretrainModule, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
-        """Write that this step is being saved: Lightning asks for the callbacks' state before anything else."""
-        self._write("checkpoint", trainer, tokens=pl_module.tokens_seen)
+        """Note when the step was done: Lightning asks for the callbacks' state before anything else."""
+        self._saving[trainer.global_step] = {"tokens": pl_module.tokens_seen, "done": round(time.time(), 3)}
+
+    def _committed(self, step: int) -> None:
+        fields = self._saving.pop(step, None)
+        if fields is not None:  # else a save of weights alone, from which no run continues
+            self._write("checkpoint", step, **fields)
 
     def on_validation_end(self, trainer: Trainer, pl_module: PretrainModule) -> None:  # type: ignore[override]
         """Write the validation's result."""
         if not trainer.sanity_checking:
-            metrics = trainer.callback_metrics
-            self._write("validation", trainer, **{key: metrics.get(f"val/{key}") for key in ("loss", "perplexity")})
+            loss, perplexity = (trainer.callback_metrics.get(f"val/{key}") for key in ("loss", "perplexity"))
+            self._write("validation", trainer.global_step, loss=loss, perplexity=perplexity)
 
     def teardown(self, trainer: Trainer, pl_module: PretrainModule, stage: str) -> None:  # type: ignore[override]
         """Write an end in good order; nothing is left to go wrong in Lightning."""
         if self._started:
             completed = trainer.global_step >= trainer.max_steps
-            self._write("end", trainer, tokens=pl_module.tokens_seen, reason="completed" if completed else "stopped")
+            reason = "completed" if completed else "stopped"
+            self._write("end", trainer.global_step, tokens=pl_module.tokens_seen, reason=reason)
 
     def on_exception(self, trainer: Trainer, pl_module: PretrainModule, exception: BaseException) -> None:  # type: ignore[override]
         """Write any other end; ``SystemExit``, by which preemption leaves, comes here too."""
@@ -103,27 +113,25 @@ class History(Callback):
         if not (isinstance(exception, SystemExit) and exception.code == EXIT_PREEMPTED):
             first_line = str(exception).partition("\n")[0]
             reason = f"error: {type(exception).__name__}: {first_line}"
-        self._write("end", trainer, tokens=pl_module.tokens_seen, reason=reason)
+        self._write("end", trainer.global_step, tokens=pl_module.tokens_seen, reason=reason)
 
     def _progress(self, trainer: Trainer, pl_module: PretrainModule) -> None:
         self._last_progress = trainer.global_step, time.monotonic()
         if trainer.is_global_zero:
-            metrics = trainer.callback_metrics
-            rate = metrics.get("throughput/tokens_per_s")
-            self._write(
-                "progress", trainer, tokens=pl_module.tokens_seen, loss=metrics.get("train/loss"), tokens_per_s=rate
-            )
+            step, tokens, metrics = trainer.global_step, pl_module.tokens_seen, trainer.callback_metrics
+            loss, rate = metrics.get("train/loss"), metrics.get("throughput/tokens_per_s")
+            self._write("progress", step, tokens=tokens, loss=loss, tokens_per_s=rate)
 
-    def _write(self, event: str, trainer: Trainer, **fields: Any) -> None:
+    def _write(self, event: str, step: int, **fields: Any) -> None:
         if self._file is None:
             return  # another rank, or a failure before the run took its folder
-        line = {"event": event, "time": round(time.time(), 3), "step": trainer.global_step, **fields}
+        line = {"event": event, "time": round(time.time(), 3), "step": step, **fields}
         try:
             append_line(self._file, {key: plain(value) for key, value in line.items()})
             if event in ("start", "checkpoint", "end"):
                 os.fsync(self._file)
         except OSError as error:
-            rank_zero_warn(f"{self.path}: {event} of step {trainer.global_step} is not written: {error.strerror}")
+            rank_zero_warn(f"{self.path}: {event} of step {step} is not written: {error.strerror}")
 
 
 def append_line(file: int, line: dict[str, Any]) -> None:

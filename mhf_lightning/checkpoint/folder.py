@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
@@ -176,13 +177,22 @@ def checkpoints(folder: str | Path) -> dict[int, Path]:
 
 
 def prune(folder: Path, keep_last: int, keep_every: int | None = None) -> None:
-    """Remove all but the newest ``keep_last`` checkpoints and those of steps divisible by ``keep_every``."""
+    """Remove all but the newest ``keep_last`` checkpoints and those of steps divisible by ``keep_every``.
+
+    No save may be running: unfinished folders go too, among them what an earlier call could not remove.
+    """
     for step, path in list(checkpoints(folder).items())[keep_last:]:
         if not (keep_every and step % keep_every == 0):
-            gone = temporary(path)  # never half a checkpoint under the name of a whole one
-            shutil.rmtree(gone, ignore_errors=True)
-            path.rename(gone)
-            shutil.rmtree(gone)
+            path.rename(temporary(path))  # never half a checkpoint under the name of a whole one
+    remove_unfinished(folder)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove temporary folders; a warning names those that stay, as NFS keeps a file that another process reads."""
+    for leftover in folder.glob("step-*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+        if leftover.exists():
+            warnings.warn(f"{leftover} could not be removed; the next save tries again", stacklevel=2)
 
 
 def prepare_run(folder: Path, step: int) -> list[Path]:
@@ -195,8 +205,7 @@ def prepare_run(folder: Path, step: int) -> list[Path]:
         What was set aside, under its new name.
     """
     aside = []
-    for leftover in folder.glob("step-*.tmp"):
-        shutil.rmtree(leftover)
+    remove_unfinished(folder)
     known = checkpoints(folder)
     if step in known:
         point_latest(known[step])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -205,10 +206,13 @@ def write(path: Path, content: Snapshot, step: int, about: dict[str, Any], ranks
 
 
 def after_commit(path: Path, options: SaveOptions) -> None:
-    """Move ``latest``, then remove the checkpoints that are not to be kept."""
+    """Move ``latest``, then remove the checkpoints that are not to be kept; failing at that is not worth the run."""
     point_latest(path)
     if options.keep_last is not None:
-        prune(path.parent, options.keep_last, options.keep_every)
+        try:
+            prune(path.parent, options.keep_last, options.keep_every)
+        except OSError as error:
+            warnings.warn(f"{path} is saved, but older ones could not be removed: {error}", stacklevel=2)
 
 
 def _write_files(folder: Path, content: Snapshot, rank: int) -> list[FileEntry]:

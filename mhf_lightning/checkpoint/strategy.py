@@ -5,7 +5,7 @@ Knows Lightning; imports the other modules of this package.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -38,9 +38,15 @@ from mhf_lightning.checkpoint.state import (
 
 
 class CommittedCheckpoints(Strategy):
-    """What all kinds of checkpoints share: who saves, that a save is waited for, and verification before loading."""
+    """What all kinds of checkpoints share: who saves, that a save is waited for, and verification before loading.
+
+    Attributes:
+        kind: As in the manifest.
+        on_commit: Called on every rank with the step of a checkpoint that is committed now, maybe by another thread.
+    """
 
     kind: str
+    on_commit: Callable[[int], None] = staticmethod(lambda step: None)
 
     @cached_property
     def ranks(self) -> Ranks:
@@ -149,7 +155,12 @@ class ShardedCheckpoints(CommittedCheckpoints):
         if options.background:
             content = content.copied()
         path, step, about = Path(filepath), checkpoint["global_step"], self.about(checkpoint)
-        self.saver.run(lambda: write(path, content, step, about, ranks, options), options.background)
+
+        def save() -> None:
+            write(path, content, step, about, ranks, options)
+            self.on_commit(step)
+
+        self.saver.run(save, options.background)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Verify a checkpoint and read all but its tensors, which follow when Lightning asks for them."""
@@ -212,6 +223,7 @@ class DeepSpeedCheckpoints(CommittedCheckpoints):
                 abandon(path)
             raise
         ranks.first(lambda: after_commit(path, options))
+        self.on_commit(checkpoint["global_step"])
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Verify the files, then let DeepSpeed load them."""

@@ -22,7 +22,8 @@ State = Literal["running", "completed", "preempted", "stopped", "failed", "lost"
 
 _NUMBER = (int, float)
 _OPTIONAL = (int, float, type(None))
-# What is read of each event; others may follow. A float that was not finite is null.
+# What is read of each event; others may follow. A float that was not finite is null. A checkpoint's ``time`` is that of
+# its commit, which may be steps later than when its step was ``done``; the first histories lack that.
 _FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     "start": {
         "time": _NUMBER,
@@ -34,7 +35,7 @@ _FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "parameters": (dict, type(None)),
     },
     "progress": {"time": _NUMBER, "step": (int,), "tokens": (int,), "loss": _OPTIONAL, "tokens_per_s": _OPTIONAL},
-    "checkpoint": {"time": _NUMBER, "step": (int,), "tokens": (int,)},
+    "checkpoint": {"time": _NUMBER, "step": (int,), "tokens": (int,), "done": _OPTIONAL},
     "validation": {"time": _NUMBER, "step": (int,), "loss": _OPTIONAL, "perplexity": _OPTIONAL},
     "end": {"time": _NUMBER, "step": (int,), "tokens": (int,), "reason": (str,)},
 }
@@ -131,7 +132,7 @@ def goodput(events: list[dict[str, Any]], going_on: bool) -> float | None:
 
     Of each start, the time from its ``start`` line until the step was done from which a later start continues: steps
     that were done again do not count, nor do start-up and waiting for a node; validation and saving do. Of the last
-    start: all that is written down if it goes on or ended in good order, else up to its last checkpoint.
+    start: all that is written down if it goes on or ended in good order, else up to its own last checkpoint.
 
     Args:
         events: Of a history.
@@ -143,7 +144,7 @@ def goodput(events: list[dict[str, Any]], going_on: bool) -> float | None:
     wall = events[-1]["time"] - events[starts[0]]["process_start"]
     kept = float("inf")
     if not going_on:
-        kept = max((event["step"] for event in events if event["event"] == "checkpoint"), default=0)
+        kept = max(event["step"] for event in events[starts[-1] :] if event["event"] in ("start", "checkpoint"))
     useful = 0.0
     for i, following in reversed(list(zip(starts, [*starts[1:], len(events)], strict=True))):
         start = events[i]
@@ -151,7 +152,8 @@ def goodput(events: list[dict[str, Any]], going_on: bool) -> float | None:
         done = [event for event in steps if start["step"] < event["step"] <= kept]
         if done:
             last = max(event["step"] for event in done)
-            useful += max(0.0, min(event["time"] for event in done if event["step"] == last) - start["time"])
+            at = min(event.get("done") or event["time"] for event in done if event["step"] == last)
+            useful += max(0.0, at - start["time"])
         kept = min(kept, start["step"])
     return useful / wall if wall > 0 else None
 
@@ -197,7 +199,6 @@ def read_run(run_dir: Path, now: float | None = None) -> Run:
         state = reason
     else:
         state = "failed"
-    last = {key: event[key] for event in valid for key in event if key in ("step", "tokens", "tokens_per_s")}
     progress = [event for event in valid if event["event"] == "progress"]
     validations = [event for event in valid if event["event"] == "validation"]
     start = starts[-1] if starts else {}
@@ -208,12 +209,12 @@ def read_run(run_dir: Path, now: float | None = None) -> Run:
         reason=reason.removeprefix("error: ") if reason and state == "failed" else None,
         damage=damage,
         job_id=start.get("job_id"),
-        step=last["step"],
+        step=max(event["step"] for event in valid),  # not the last one's: a checkpoint is written down steps later
         max_steps=start.get("max_steps"),
-        tokens=last.get("tokens"),
+        tokens=max((event["tokens"] for event in valid if "tokens" in event), default=None),
         loss=progress[-1].get("loss") if progress else None,
         perplexity=validations[-1].get("perplexity") if validations else None,
-        tokens_per_s=last.get("tokens_per_s"),
+        tokens_per_s=progress[-1].get("tokens_per_s") if progress else None,
         restarts=max(0, len(starts) - 1),
         goodput=goodput(events, going_on=state in ("running", "completed", "stopped")),
         last_checkpoint=checkpoint[1] if checkpoint else None,
@@ -266,7 +267,6 @@ def _mtime(path: Path) -> float:
         return 0.0
 
 
-def _configured_steps(run_dir: Path) -> int | None:
 def last_config(run_dir: Path) -> Path | None:
     """Return the configuration of a run's last start, ``config.yaml`` or a ``config-resume-N.yaml``; None without."""
     starts: dict[int, Path] = {}
@@ -276,6 +276,7 @@ def last_config(run_dir: Path) -> Path | None:
     return starts[max(starts)] if starts else None
 
 
+def _configured_steps(run_dir: Path) -> int | None:
     import yaml
 
     try:

@@ -1,9 +1,11 @@
 """Commit, verification, pruning and the choice of the newest valid checkpoint, on real folders."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from mhf_lightning.checkpoint.folder import (
     prune,
     verify,
 )
+from mhf_lightning.checkpoint.shards import SaveOptions, after_commit
 
 
 def save(folder, step):
@@ -144,6 +147,31 @@ def test_pruning_keeps_the_last_and_every_nth(tmp_path):
         prune(tmp_path, keep_last=2, keep_every=4)
     assert list(checkpoints(tmp_path)) == [10, 9, 8, 4]
     assert all(verify(path) for path in checkpoints(tmp_path).values())
+
+
+def test_what_cannot_be_removed_yet_does_not_stop_the_run(tmp_path, monkeypatch):
+    """NFS keeps a file that another process reads, under a name that begins with .nfs, and with it the folder."""
+    unlink = os.unlink
+
+    def refuse(path, **kwargs):
+        if os.path.basename(path).startswith(".nfs"):
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        unlink(path, **kwargs)
+
+    for step in (1, 2, 3):
+        (save(tmp_path, step) / f".nfs{step}").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", refuse)
+        with pytest.warns(UserWarning, match=r"step-1\.tmp could not be removed"):
+            after_commit(tmp_path / "step-3", SaveOptions(keep_last=2))
+        assert os.listdir(tmp_path / "step-1.tmp") == [".nfs1"]
+        with pytest.warns(UserWarning, match=r"step-1\.tmp could not be removed"):
+            assert prepare_run(tmp_path, 3) == []
+        patch.setattr(Path, "rename", lambda *_: refuse(".nfs"))
+        with pytest.warns(UserWarning, match=r"step-3 is saved, but older ones could not be removed: .* busy"):
+            after_commit(tmp_path / "step-3", SaveOptions(keep_last=1))
+    after_commit(tmp_path / "step-3", SaveOptions(keep_last=2))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-2", "step-3"]
 
 
 def test_a_run_that_goes_back_sets_later_checkpoints_aside(tmp_path):

@@ -23,8 +23,9 @@ def progress(at: float, step: int, loss: float | None = 2.0) -> dict:
     return {"event": "progress", "time": at, "step": step, "tokens": 64 * step, "loss": loss, "tokens_per_s": 500.0}
 
 
-def checkpoint(at: float, step: int) -> dict:
-    return {"event": "checkpoint", "time": at, "step": step, "tokens": 64 * step}
+def checkpoint(at: float, step: int, committed: float | None = None) -> dict:
+    """Of a step done ``at`` a time."""
+    return {"event": "checkpoint", "time": committed or at, "step": step, "tokens": 64 * step, "done": at}
 
 
 def validation(at: float, step: int, perplexity: float) -> dict:
@@ -74,6 +75,10 @@ def test_goodput_of_three_starts(tmp_path):
         ([*FIRST[:2], end(130, 3, "error: ValueError: no")], 0, 40),
         # A checkpoint turned out damaged: the second start goes back to 10, and 20 of the first is lost.
         ([*FIRST, start(220, 10, 200), end(230, 10, "preempted")], 25, 140),
+        # The same, killed before a checkpoint of its own: what it did is lost, although there was a step 20 once.
+        ([*FIRST, start(220, 10, 200), progress(240, 15), end(250, 16, "error: ValueError: no")], 25, 160),
+        # Steps done while a checkpoint is being written, and those after it, are lost.
+        ([FIRST[0], progress(130, 12), checkpoint(125, 10, 140), progress(150, 14), end(155, 14, "preempted")], 25, 65),
         # Two starts that got nowhere, then one from the first's checkpoint.
         (
             [*FIRST, start(220, 20, 200), start(320, 20, 300), progress(330, 21), end(340, 30, "completed")],
@@ -117,6 +122,16 @@ def test_what_a_resume_undid_is_not_reported(tmp_path):
     run = read_run(write(tmp_path, *FIRST, validation(171, 28, 3.0), start(220, 20, 200)))
     assert (run.step, run.tokens, run.perplexity) == (20, 1280, None)
     assert run.loss == 2.0  # of step 1, the last that still stands
+
+
+def test_a_checkpoint_is_written_down_steps_later(tmp_path):
+    run = read_run(write(tmp_path, FIRST[0], progress(130, 12), checkpoint(125, 10, 140)))
+    assert (run.step, run.tokens, run.tokens_per_s) == (12, 12 * 64, 500.0)
+
+
+def test_the_first_histories_do_not_tell_when_a_checkpoint_was_committed(tmp_path):
+    events = [{key: value for key, value in event.items() if key != "done"} for event in [*FIRST, *SECOND, *THIRD]]
+    assert read_run(write(tmp_path, *events)).goodput == pytest.approx((50 + 80 + 70) / 410)
 
 
 def test_a_last_line_torn_at_any_byte_hides_nothing(tmp_path):
