@@ -37,12 +37,12 @@ def whole(corpus, tmp_path_factory) -> Case:
 
 MOMENTS = {
     "before the first step": ({"moment": "sanity check", "ranks": (1,)}, 0),
-    "a step, one rank": ({"moment": "step 6", "ranks": (1,)}, None),
-    "a step, both ranks, SIGTERM": ({"moment": "step 6", "ranks": (0, 1), "number": signal.SIGTERM}, None),
-    "the step before validation": ({"moment": "step 4", "ranks": (0, 1)}, None),
+    "a step, one rank": ({"moment": "step 6", "ranks": (1,)}, 7),
+    "a step, both ranks, SIGTERM": ({"moment": "step 6", "ranks": (0, 1), "number": signal.SIGTERM}, 7),
+    "the step before validation": ({"moment": "step 4", "ranks": (0, 1)}, 5),
     "validation": ({"moment": "validation after step 4", "ranks": (1,)}, 5),
-    "a save": ({"moment": "save of step 5", "ranks": (0,)}, None),
-    "a slow rank": ({"moment": "step 3", "ranks": (0,), "slow_rank": 1}, None),
+    "a save": ({"moment": "save of step 5", "ranks": (0,)}, 6),
+    "a rank that becomes slow": ({"moment": "step 6", "ranks": (0,), "slow_rank": 1}, 7),
 }
 
 
@@ -55,7 +55,7 @@ def test_both_ranks_save_leave_and_go_on(whole, corpus, tmp_path, name):
     assert codes == [EXIT_PREEMPTED, EXIT_PREEMPTED], output(case)
     done = [max((event["step"] for event in events(case, rank) if "step" in event), default=0) for rank in range(2)]
     assert done[0] == done[1] < STEPS
-    assert step in (None, done[0])
+    assert done[0] == step
     assert max(checkpoints(case.folder / "checkpoints"), default=0) == done[0]
 
     after = Case(tmp_path, corpus)
@@ -87,15 +87,21 @@ def test_a_signal_during_imports(corpus, tmp_path, ignored):
     command += ["--run_dir", str(tmp_path / "run"), "--ckpt_path", "auto"]
     if ignored:
         command = ["bash", "-c", 'trap "" USR1 TERM USR2; exec "$@"', "rank", *command]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    blocks = Path(f"/proc/{process.pid}/status")
-    while not int(blocks.read_text().partition("SigBlk:")[2].split()[0], 16) & 1 << signal.SIGUSR1 - 1:
-        time.sleep(0.001)
-    assert "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text(), "the imports were too quick for this test"
-    os.kill(process.pid, signal.SIGUSR1)
-    printed = process.communicate(timeout=120)[0]
+    for _ in range(10):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        blocks = Path(f"/proc/{process.pid}/status")
+        while not int(blocks.read_text().partition("SigBlk:")[2].split()[0], 16) & 1 << signal.SIGUSR1 - 1:
+            time.sleep(0.001)
+        os.kill(process.pid, signal.SIGUSR1)
+        if "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+            break
+        process.kill()  # its imports were further than they should be; on a busy machine that happens
+        process.communicate()
+    else:
+        pytest.fail("the imports were too quick for this test")
+    printed = process.communicate(timeout=300)[0]
     assert process.returncode == EXIT_PREEMPTED, printed
     assert list(checkpoints(tmp_path / "run/checkpoints")) == []
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert list(checkpoints(tmp_path / "run/checkpoints")) == [3]
