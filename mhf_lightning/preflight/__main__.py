@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -128,7 +130,7 @@ def show(found: Findings, wrong: list[tuple[str, str]]) -> None:
             cells = [
                 f"{node.torch_gpus} x {gpus[0]['name']}" if gpus else f"{node.torch_gpus}",
                 gpus[0]["driver"] if gpus else "-",
-                f"{min(gpu['sm_clock'] for gpu in gpus)} of {gpus[0]['max_sm_clock']}" if gpus else "-",
+                f"{slowest(gpu['sm_clock'] for gpu in gpus)} of {gpus[0]['max_sm_clock']}" if gpus else "-",
                 f"{node.run_dir_gib:,.0f}",
                 f"{node.tmp_gib:,.0f}",
                 f"{node.shm_gib:,.1f}",
@@ -146,6 +148,11 @@ def show(found: Findings, wrong: list[tuple[str, str]]) -> None:
     for name, problem in wrong:
         console.print(f"{name}: {problem}", style="red", markup=False, soft_wrap=True)
     print(f"preflight: {'failed' if wrong else 'passed'}", flush=True)
+
+
+def slowest(clocks: Iterable[str]) -> str:
+    """Return the lowest of nvidia-smi's MHz; what is no number, such as ``[N/A]``, only if there is none."""
+    return min(clocks, key=lambda clock: float(clock) if clock.isdecimal() else math.inf)
 
 
 def as_json(found: Findings, wrong: list[tuple[str, str]]) -> dict[str, object]:
