@@ -28,11 +28,13 @@ class Generation:
         kv_heads = config.num_kv_heads or config.num_attention_heads
         d_head = config.d_model // config.num_attention_heads
         self.decoder = decoder
-        self.keys = weight.new_zeros(config.num_layers, batch_size, kv_heads, max_length, d_head)
+        # All layers one after the other: [B, kv_heads, num_layers * max_length, d_head].
+        self.keys = weight.new_zeros(batch_size, kv_heads, config.num_layers * max_length, d_head)
         self.values = torch.zeros_like(self.keys)
         self.padding = torch.zeros(batch_size, 1, dtype=torch.int64, device=weight.device)  # before each prompt
-        self.slot = torch.zeros(1, dtype=torch.int64, device=weight.device)  # of the next token
         self._all_slots = torch.arange(max_length, device=weight.device)
+        self._first_slots = torch.arange(config.num_layers, device=weight.device) * max_length
+        self.slots = self._first_slots.clone()  # of the next token, in each layer
         self._is_prefill = False
 
     def prefill(self, prompts: Sequence[Tensor]) -> Tensor:
@@ -53,7 +55,7 @@ class Generation:
             raise ValueError("a prompt holds no token; give it at least one, such as the one that ends documents")
         if longest > room:
             raise ValueError(f"a prompt has {longest} tokens; there is room for {room}")
-        device = self.slot.device
+        device = self.slots.device
         ids = torch.zeros(len(prompts), longest, dtype=torch.int64, device=device)
         for row, prompt in zip(ids, prompts, strict=True):
             row[longest - len(prompt) :] = prompt
@@ -67,25 +69,29 @@ class Generation:
         self._is_prefill = True
         hidden = self.decoder.hidden(ids, (slots - self.padding).clamp_min(0), mask, self)
         self._is_prefill = False
-        self.slot.fill_(longest)
+        self.slots.copy_(self._first_slots + longest)
         return self.decoder.head(hidden[:, -1])
 
     def step(self, tokens: Tensor) -> Tensor:
         """Read the next token of every sequence, ``[B]``, int64; return the logits of what follows, as ``prefill``."""
-        seen = (self._all_slots <= self.slot) & (self._all_slots >= self.padding)  # [B, slots]
-        hidden = self.decoder.hidden(tokens[:, None], self.slot - self.padding, seen[:, None, None], self)
-        self.slot += 1
+        slot = self.slots[:1]
+        seen = (self._all_slots <= slot) & (self._all_slots >= self.padding)  # [B, slots]
+        hidden = self.decoder.hidden(tokens[:, None], slot - self.padding, seen[:, None, None], self)
+        self.slots += 1
         return self.decoder.head(hidden[:, -1])
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Take in a layer's keys and values; the decoder calls it, as a cache."""
-        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        room = len(self._all_slots)
+        keys, values = (kept.narrow(2, layer_idx * room, room) for kept in (self.keys, self.values))
         if self._is_prefill:
             length = key_states.shape[2]
             keys[:, :, :length], values[:, :, :length] = key_states, value_states
             return key_states, value_states  # nothing was there before
-        keys.index_copy_(2, self.slot, key_states)
-        values.index_copy_(2, self.slot, value_states)
+        slot = self.slots[layer_idx : layer_idx + 1]
+        # Into the whole tensors: for a change of a part, torch.compile copies the part out and in again.
+        self.keys.index_copy_(2, slot, key_states)
+        self.values.index_copy_(2, slot, value_states)
         return keys, values
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch._inductor.utils import run_and_get_code
 
 from mhf_lightning.bench.generate import COLUMNS, MODES, _advance, _measure, main, tables
 from mhf_lightning.bench.measure import Stopwatch
@@ -97,11 +98,25 @@ def test_every_mode_gives_the_same_tokens(name):
     for mode in MODES:
         generation, tokens = Generation(decoder, 3, 13), torch.zeros(3, dtype=torch.int64)
         advance, found = _advance(generation, tokens, mode), []
-        tokens.copy_(generation.prefill(prompts).argmax(-1))
+        with torch.compiler.set_stance("force_eager"):
+            tokens.copy_(generation.prefill(prompts).argmax(-1))
         for _ in range(5):
             found.append(tokens.clone())
             advance()
         assert torch.stack([*found, tokens]).equal(expected), mode
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_compiled_step_is_compiled_once_and_copies_no_part_of_the_cache():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    decoder = Decoder(DecoderConfig.from_dict({**DECODER, "num_layers": 9, "ffn": FFN["swiglu"]})).eval()
+    generation = Generation(decoder, 3, 40)  # 40 x 2 x 3 x 16 = 3,840 elements a layer
+    advance = _advance(generation, torch.zeros(3, dtype=torch.int64), "compiled")
+    _, code = run_and_get_code(lambda: [advance() for _ in range(3)])
+    assert len(code) == torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # the first block, and the others
+    assert all("3840L" not in one for one in code)
 
 
 @pytest.mark.parametrize(

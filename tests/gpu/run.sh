@@ -4,10 +4,11 @@
 #   layer    mhf bench layer: shape S, and three lengths
 #   sweeps   mhf bench layer over L, d_model and d_h
 #   model    mhf bench model: the 1.3B and the 370M models of the paper, FlashMHF against SwiGLU and MH-FFN
+#   generate mhf bench generate: the 1.3B models, FlashMHF against SwiGLU
 # Without a stage: check and layer. Each stage goes on where one of its parts fails; the exit code tells.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
-out=${1:?usage: tests/gpu/run.sh OUT [check|layer|sweeps|model ...]}
+out=${1:?usage: tests/gpu/run.sh OUT [check|layer|sweeps|model|generate ...]}
 shift
 python=${PYTHON:-python3}
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}"
@@ -39,6 +40,10 @@ for stage in "${@:-check layer}"; do
                 mhf bench model "${files[@]}" --only inference --output "$out/inference-$size"
                 mhf bench model "${files[@]}" --only training --length 1024 4096 16384 --quick --output "$out/training-$size"
             done
+            ;;
+        generate)  # without eager, which takes as long as all else and is bound by the host
+            files=(configs/paper/1.3b/{swiglu,flash_mhf_release}.yaml)
+            mhf bench generate "${files[@]}" --modes graph compiled --output "$out/generate-1.3b"
             ;;
         *)
             echo "unknown stage $part" >&2

@@ -49,13 +49,14 @@ def test_a_captured_step_gives_the_logits_of_the_eager_one(name, mode):
     for each in ("eager", mode):
         generation, tokens = Generation(decoder, 4, 64), torch.zeros(4, dtype=torch.int64, device="cuda")
         advance = _advance(generation, tokens, each)
-        tokens.copy_(generation.prefill(prompts).argmax(-1))
+        with torch.compiler.set_stance("force_eager"):
+            tokens.copy_(generation.prefill(prompts).argmax(-1))
         found = [tokens.clone()]
         for _ in range(8):
             advance()
             found.append(tokens.clone())
         runs.append(torch.stack(found))
-        assert int(generation.slot) == 40
+        assert int(generation.slots[0]) == 40
     if mode == "graph":
         assert runs[0].equal(runs[1])
     else:  # fused kernels round differently, which may turn a near tie
