@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 WIDTH = 1280
-CARDS = ("train/loss", "val/perplexity", "throughput/tokens_per_s", "memory/peak_gib")
+CARDS = ("train/loss", "val/perplexity", "throughput/tokens_per_s_average", "memory/peak_gib")
 START_SECONDS = 180.0
 
 
@@ -79,12 +79,15 @@ def chromium() -> Iterator[Browser]:
 
 
 def link_runs(runs: list[Path], logdir: Path) -> None:
-    """Put links to runs into a folder, named by their paths below what these have in common."""
+    """Put links to runs into a folder, named by their paths below what these have in common.
+
+    The links are to their event files, so that TensorBoard calls them by these names.
+    """
     folders = [run.resolve() for run in runs]
     common = os.path.commonpath([folder.parent for folder in folders])
     logdir.mkdir()
     for folder in folders:
-        (logdir / "-".join(folder.relative_to(common).parts)).symlink_to(folder)
+        (logdir / "-".join(folder.relative_to(common).parts)).symlink_to(folder / "tensorboard")
 
 
 def photograph_report(browser: Browser, runs: list[Path], folder: Path, image: Path) -> None:

@@ -29,6 +29,7 @@ CHARTS = {
     "learning": {
         "loss": _chart("train/loss", "val/loss"),
         "perplexity": _chart("train/perplexity", "val/perplexity"),
+        "bits per byte": _chart("train/bits_per_byte", "val/bits_per_byte"),
         "gradient norm": _chart("train/grad_norm", "health/grad_norm/.*"),
         "loss spikes": _chart("health/loss_spike"),
         "update to weight": _chart("health/update_to_weight"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from typing import Any
 
 import plotly.graph_objects as go
@@ -20,7 +21,7 @@ ROW = 34  # height of a bar, pixels
 def curves(results: list[Result]) -> go.Figure:
     """Draw the curves against steps, a panel each and one legend; the page's switch moves them to another axis."""
     figure = make_subplots(
-        rows=2, cols=2, subplot_titles=list(CURVES.values()), horizontal_spacing=0.08, vertical_spacing=0.2
+        rows=2, cols=2, subplot_titles=list(CURVES.values()), horizontal_spacing=0.08, vertical_spacing=0.22
     )
     for panel, tag in enumerate(CURVES):
         for number, (name, result) in enumerate(zip(_names(results), results, strict=True)):
@@ -38,9 +39,19 @@ def curves(results: list[Result]) -> go.Figure:
                 hovertemplate="%{y:,.5g} at %{x:,.6g}",
             )
         if tag.endswith("perplexity"):
-            figure.update_yaxes(type="log", row=panel // 2 + 1, col=panel % 2 + 1)
+            ticks = _log_ticks([y for result in results for y in result.curves[tag].y if y > 0])
+            figure.update_yaxes(type="log", tickvals=ticks, tickformat=",", row=panel // 2 + 1, col=panel % 2 + 1)
     figure.update_xaxes(title_text=AXES["steps"])
-    return _styled(figure, 660)
+    return _styled(figure, 580)
+
+
+def _log_ticks(values: list[float]) -> list[float] | None:
+    """Return round numbers around the values: plotly's own labels of a logarithmic axis are single digits."""
+    if not values:
+        return None
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    digits = (1, 2, 5) if max(values) > 20 * min(values) else (1, 1.5, 2, 3, 4, 5, 7)
+    return [digit * 10.0**power for power in range(low, high + 1) for digit in digits]
 
 
 def axes(results: list[Result]) -> dict[str, dict[str, Any]]:
@@ -56,12 +67,14 @@ def axes(results: list[Result]) -> dict[str, dict[str, Any]]:
 
 
 def bars(results: list[Result]) -> go.Figure:
-    """Draw speed and memory of the runs side by side."""
+    """Draw speed and memory of the runs side by side; a panel for what any of them has logged."""
     panels = {
         "tokens/s": ([result.tokens_per_s for result in results], ",.0f"),
         "MFU": ([result.mfu for result in results], ".1%"),
         "peak memory (GiB)": ([result.peak_memory for result in results], ",.2f"),
     }
+    logged = {title: panel for title, panel in panels.items() if any(value is not None for value in panel[0])}
+    panels = logged or panels
     figure = make_subplots(rows=1, cols=len(panels), subplot_titles=list(panels), shared_yaxes=True)
     for column, (values, form) in enumerate(panels.values(), start=1):
         figure.add_bar(
@@ -116,7 +129,7 @@ def _tags(results: list[Result], prefix: str) -> list[str]:
 
 
 def _by_run(figure: go.Figure, rows: int) -> go.Figure:
-    figure.update_yaxes(autorange="reversed", automargin=True)
+    figure.update_yaxes(autorange="reversed", automargin=True, ticklabelstandoff=6)
     figure.update_layout(legend_traceorder="normal", colorway=qualitative.Safe)
     return _styled(figure, 130 + ROW * rows)
 
@@ -125,8 +138,8 @@ def _styled(figure: go.Figure, height: int) -> go.Figure:
     return figure.update_layout(
         template="plotly_white",
         height=height,
-        margin={"l": 60, "r": 20, "t": 70, "b": 50},
-        legend={"orientation": "h", "yanchor": "bottom", "y": 1.06, "x": 0},
+        margin={"l": 60, "r": 20, "t": 60, "b": 50},
+        legend={"orientation": "h", "yref": "container", "yanchor": "top", "y": 1, "x": 0},
         font={"family": "system-ui, sans-serif", "size": 13, "color": "#1c2430"},
         hoverlabel_namelength=-1,
     )

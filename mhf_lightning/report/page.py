@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from datetime import datetime
+from itertools import groupby
 from pathlib import Path
 
 import plotly.graph_objects as go
@@ -59,18 +60,17 @@ def _chart(figure: go.Figure | None, name: str) -> Markup | None:
     return Markup(plotly.io.to_html(figure, config=config, full_html=False, include_plotlyjs=False, div_id=name))
 
 
-def _images(result: Result) -> list[dict[str, str | int]]:
-    """Return the newest image of each of the router's tags, as base64, layers in their order."""
+def _images(result: Result) -> list[list[dict[str, str | int]]]:
+    """Return the newest image of each of the router's tags, as base64: a list for each kind, layers in their order."""
     tags = [tag for tag, series in result.events.images.items() if tag.startswith(IMAGES) and series.values]
-    images = [(tag, result.events.images[tag]) for tag in sorted(tags, key=_natural)]
-    return [
-        {
-            "tag": tag.removeprefix(IMAGES),
-            "step": series.steps[-1],
-            "data": base64.b64encode(series.values[-1]).decode(),
-        }
-        for tag, series in images
-    ]
+
+    def newest(tag: str) -> dict[str, str | int]:
+        series = result.events.images[tag]
+        data = base64.b64encode(series.values[-1]).decode()
+        return {"tag": tag.removeprefix(IMAGES), "step": series.steps[-1], "data": data}
+
+    kinds = groupby(sorted(tags, key=_natural), key=lambda tag: tag.rpartition("/")[0])
+    return [[newest(tag) for tag in group] for _, group in kinds]
 
 
 def _natural(tag: str) -> tuple[str, int]:

@@ -250,6 +250,7 @@ class PretrainModule(LightningModule):
         self.step_loss = loss
         self.log("train/loss", loss.float(), prog_bar=True)
         self.log("train/perplexity", loss.exp().float())
+        self.log_dict({f"train/{key}": value.float() for key, value in self._bits_per_byte(loss, "train").items()})
         self.log("train/grad_norm", norm.float())
         self.log("train/lr", optimizer.param_groups[0]["lr"])
         self.log("train/tokens", float(self.tokens_seen))
@@ -310,10 +311,7 @@ class PretrainModule(LightningModule):
     def _log_evaluation(self, name: str) -> None:
         values = self.val_perplexity.compute()
         self.val_perplexity.reset()
-        manifest = getattr(getattr(self.trainer, "datamodule", None), "manifest", None)
-        if manifest is not None:
-            split = manifest.splits["validation"]
-            values["bits_per_byte"] = values["loss"] / math.log(2) * (split.tokens / split.text_bytes)
+        values |= self._bits_per_byte(values["loss"], "validation")
         if self.trainer.sanity_checking:
             self.initial_validation = {key: float(value) for key, value in values.items()}
             for logger in self.trainer.loggers:
@@ -324,6 +322,14 @@ class PretrainModule(LightningModule):
         self.log_dict(
             {f"{name}/{key}": value.float() for key, value in values.items()}, prog_bar=True, rank_zero_only=True
         )
+
+    def _bits_per_byte(self, loss: Tensor, split: str) -> dict[str, Tensor]:
+        """Return a loss in bits per byte of text, by the mean number of bytes of a split's tokens, where it is known."""
+        manifest = getattr(getattr(self.trainer, "datamodule", None), "manifest", None)
+        if manifest is None:
+            return {}
+        counts = manifest.splits[split]
+        return {"bits_per_byte": loss / math.log(2) * (counts.tokens / counts.text_bytes)}
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Return each block's summed negative log-likelihood (nats) and number of target tokens."""

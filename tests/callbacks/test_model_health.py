@@ -90,6 +90,18 @@ def test_a_step_that_was_left_out_has_no_norms(monkeypatch):
     assert set(points["health/loss_spike"]) == {0, 1, 2}
 
 
+def test_bits_per_byte_are_those_of_each_split(monkeypatch):
+    """A token of the training text has four bytes, one of the validation text two (``timed_run.Data``)."""
+    monkeypatch.setattr("timed_run.callbacks_of", lambda case: [])
+    points = train({**RUN, "validate_every": 3})["points"]
+    for split, size in (("train", 4), ("val", 2)):
+        bits = points[f"{split}/bits_per_byte"]
+        assert set(bits) == set(points[f"{split}/loss"])
+        assert 2 in bits
+        for step, loss in points[f"{split}/loss"].items():
+            assert 2 ** (bits[step] * size) == pytest.approx(math.exp(loss), rel=1e-5)
+
+
 def losses(n: int, seed: int = 0) -> list[float]:
     """Loss 3 with a standard deviation of 0.1."""
     generator = random.Random(seed)

@@ -24,7 +24,7 @@ for stage in "${@:-check layer}"; do
             timed=tests/gpu/test_callbacks_on_a_gpu.py  # by itself: its figures are times
             "$python" -m pytest -q $workers tests/gpu --ignore $timed > "$out/tests.log" 2>&1 || status=1
             tail -n 25 "$out/tests.log"
-            "$python" -m pytest -q -s $timed > "$out/callbacks.log" 2>&1 || status=1
+            MHF_OVERHEAD_FILE="$out/overhead.json" "$python" -m pytest -q -s $timed > "$out/callbacks.log" 2>&1 || status=1
             grep "370M:" "$out/callbacks.log"
             tail -n 12 "$out/callbacks.log"
             "$python" tests/gpu/measure_plan.py --out "$out/plan.csv" 2>&1 | tee "$out/plan.log" || status=1

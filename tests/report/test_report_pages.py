@@ -248,8 +248,8 @@ def test_runs_of_the_same_name_have_links_of_their_own(tmp_path):
         run.mkdir(parents=True)
     screenshots.link_runs(runs, tmp_path / "links")
     assert {link.name: link.resolve() for link in (tmp_path / "links").iterdir()} == {
-        "a-run": runs[0].resolve(),
-        "b-run": runs[1].resolve(),
+        "a-run": runs[0].resolve() / "tensorboard",
+        "b-run": runs[1].resolve() / "tensorboard",
     }
 
 
