@@ -324,7 +324,7 @@ class PretrainModule(LightningModule):
         )
 
     def _bits_per_byte(self, loss: Tensor, split: str) -> dict[str, Tensor]:
-        """Return a loss in bits per byte of text, by the mean number of bytes of a split's tokens, where it is known."""
+        """Return a loss in bits per byte, by the mean number of bytes of a split's tokens, where that is known."""
         manifest = getattr(getattr(self.trainer, "datamodule", None), "manifest", None)
         if manifest is None:
             return {}
