@@ -49,10 +49,10 @@ def test_all_tokens_take_the_same():
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_gate_of_three_quarters_and_a_quarter(autocast):
     """E = 2 with sigmoids 3/4 and 1/4: numbers by hand, which bfloat16 would miss by a few thousandths."""
-    router = torch.tensor([[[3.0, 1 / 3]]]).log()  # [H = 1, d_h = 1, E = 2]
-    weights = torch.ones(1, 2, 1, 1)
+    router = torch.tensor([[[3.0, 1 / 3], [1.0, 1.0]]]).log()  # [H = 1, d_h = 2, E = 2]; a d_h of 1 is no product
+    weights = torch.ones(1, 2, 1, 2)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        health = gate_health(torch.ones(3, 1, 1), router, weights, weights, weights)
+        health = gate_health(torch.ones(3, 1, 2), router, weights, weights, weights)
     assert health.load.tolist() == [pytest.approx([0.75, 0.25])]
     assert health.effective_subnetworks.item() == pytest.approx(1 / (0.75**2 + 0.25**2))
     assert health.entropy_token.item() == pytest.approx(-0.75 * np.log2(0.75) - 0.25 * np.log2(0.25))
