@@ -1,6 +1,6 @@
 # make train: prepare a corpus, pretrain a small FlashMHF, print what came out.
 # make test:  the tests.      make check: lint, format, types.
-# make test-faults: kills, damage and full disks, many times over.
+# make test-faults: kills, damage and full disks, many times over; all that ends a job early, on a real SLURM.
 # Each sets up .venv by itself; PYTHON=python3.12 make ... picks the interpreter.
 PYTHON ?= python3
 RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
@@ -21,7 +21,7 @@ test-fast: $(READY)
 	$(VENV)/bin/python -m pytest -m "not slow"
 
 test-faults: $(READY)
-	MHF_FAULTS=full $(VENV)/bin/python -m pytest -s tests/faults
+	MHF_FAULTS=full $(VENV)/bin/python -m pytest -s tests/faults tests/slurm
 
 check: $(READY)
 	$(VENV)/bin/ruff check .

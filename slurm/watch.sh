@@ -24,13 +24,13 @@ look() { # sets stalled
 
 while sleep $((hang < 50 ? 1 : 5)); do
     look
-    ((${#stalled[@]} > 0)) && [[ -f $run_dir/slurm/step ]] || continue
-    step=$(<"$run_dir/slurm/step")
+    ((${#stalled[@]} > 0)) && [[ -f $MHF_START_DIR/step ]] || continue
+    step=$(<"$MHF_START_DIR/step")
     echo "$(date '+%F %T')  no progress of ${stalled[*]}: its step is killed, Python stacks are in $run_dir/heartbeat/"
-    scancel --signal=USR2 "$step"
-    sleep 1
-    scancel --signal=CONT "$step" # a stopped rank writes its stacks when it wakes up
-    sleep 5
+    scancel --signal=USR2 "$step" # to mhf: Python stacks; to rank.sh: NCCL's flight recorder
+    sleep 20                      # the flight recorder took 6 s, most of them for names in C++ stacks
+    scancel --signal=CONT "$step" # a stopped rank writes its stacks when it wakes up; it must not train for long
+    sleep 2
     scancel --signal=KILL "$step"
     exit
 done

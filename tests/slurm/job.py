@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from dataclasses import dataclass, field
@@ -13,7 +14,6 @@ import yaml
 from cluster import Cluster
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mhf_lightning.checkpoint.folder import checkpoints
 from mhf_lightning.data.manifest import Manifest
 from mhf_lightning.data.sampler import GlobalOrderSampler
 
@@ -107,12 +107,23 @@ class Job:
     def show(self, key: str) -> str:
         return self.cluster.job(self.id)[key]
 
-    def wait_for(self, condition, what: str, seconds: float = 180.0) -> None:
+    def wait_until(self, condition, what: str, seconds: float = 240.0) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"no {what} after {seconds} s: {self.show('JobState')}\n{self.tell()}"
-            assert self.show("JobState") not in FINAL, f"{self.show('JobState')} before {what}\n{self.tell()}"
             time.sleep(0.1)
+
+    def wait_for(self, condition, what: str, seconds: float = 240.0) -> None:
+        """The same, while the job goes on."""
+
+        def reached() -> bool:
+            if condition():
+                return True
+            state = self.show("JobState")
+            assert state not in FINAL, f"{state} before {what}\n{self.tell()}"
+            return False
+
+        self.wait_until(reached, what, seconds)
 
     def wait_for_step(self, step: int, restart: int = 0) -> None:
         def reached() -> bool:
@@ -120,25 +131,30 @@ class Job:
 
         self.wait_for(reached, f"step {step} of start {restart}")
 
+    def wait_for_checkpoint(self, step: int) -> None:
+        self.wait_for((self.run_dir / f"checkpoints/step-{step}").exists, f"checkpoint of step {step}")
+
+    def ends_in(self, seconds: int) -> None:
+        """Let the time limit be as near as that."""
+        self.cluster.slurm("scontrol", "update", f"JobId={self.id}", f"EndTime=now+{seconds}")
+
     def restarted(self, restarts: int = 1) -> None:
         """Wait until a requeued job starts; at full speed from then on."""
         self.wait_for(lambda: f"start {restarts + 1}:" in self.messages(), f"start {restarts + 1}")
         self.set_pace(0.0)
 
-    def end(self, seconds: float = 240.0) -> str:
+    def end(self) -> str:
         """The final state."""
-        deadline = time.monotonic() + seconds
-        while self.show("JobState") not in FINAL:
-            assert time.monotonic() < deadline, f"{self.show('JobState')} after {seconds} s\n{self.tell()}"
-            time.sleep(0.2)
+        self.wait_until(lambda: self.show("JobState") in FINAL, "end")
         return self.show("JobState")
 
     def wait_for_end_of_script(self) -> None:
         """SLURM calls a cancelled job by that name while its processes are still saving."""
-        deadline = time.monotonic() + 60
-        while self.cluster.slurm("squeue", "-h", "-j", self.id, check=False).strip():
-            assert time.monotonic() < deadline, self.tell()
-            time.sleep(0.2)
+
+        def gone() -> bool:
+            return not self.cluster.slurm("squeue", "-h", "-j", self.id, check=False).strip()
+
+        self.wait_until(gone, "end of the script")
 
     def completes(self, restarts: int) -> None:
         assert self.end() == "COMPLETED", self.tell()
@@ -211,9 +227,15 @@ class Job:
         points = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in CURVES}
         return {**points, "val/loss": sorted(set(points["val/loss"]))}
 
-    def report_save(self, what: str, sent: float) -> None:
-        """Print the seconds from a signal to the checkpoint it led to."""
-        saved = max(checkpoints(self.run_dir / "checkpoints").items())
-        seconds = (saved[1] / "manifest.json").stat().st_mtime - sent
-        assert seconds > 0, "no checkpoint after the signal"
-        print(f"{what}: {seconds:.1f} s from the signal to the checkpoint of step {saved[0]}")
+    def starts(self) -> list[int]:
+        """The step from which each start went on that began to train."""
+        return [event["start"] for event in self.events(0) if "start" in event]
+
+    def report_save(self, what: str, sent: float) -> int:
+        """Wait for the save that a signal led to, print the seconds to its checkpoint, and return its step."""
+        saved = r"asked to stop: step (\d+) is saved"
+        self.wait_until(lambda: re.search(saved, self.logs()), "save")
+        (step,) = map(int, re.findall(saved, self.logs()))
+        manifest = self.run_dir / f"checkpoints/step-{step}/manifest.json"
+        print(f"{what}: {manifest.stat().st_mtime - sent:.1f} s from the signal to the checkpoint of step {step}")
+        return step

@@ -7,7 +7,6 @@ import shlex
 import signal
 import time
 from dataclasses import replace
-from datetime import datetime
 
 import pytest
 from job import FULL, ROOT
@@ -16,10 +15,24 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 full_only = pytest.mark.skipif(not FULL, reason="one of make test-faults")
 
 
-def same(job, uninterrupted) -> None:
-    """The run cannot be told from the one that nothing disturbed."""
+def same(job, uninterrupted, resumed_from: int | None = None) -> None:
+    """The run cannot be told from the one that nothing disturbed.
+
+    Nor could one that was restarted from step 0, so what the last start went on from is asserted too: the step that was
+    saved on request, or else, after a crash, the checkpoint of step 10 or a later one.
+    """
     assert job.samples() == job.expected_samples()
     assert job.curves() == uninterrupted.curves()
+    if resumed_from is None:
+        assert job.starts()[-1] >= 10
+    else:
+        assert job.starts()[-1] == resumed_from
+
+
+def undisturbed(job, uninterrupted) -> None:
+    """The same of a run that was never restarted."""
+    same(job, uninterrupted, resumed_from=0)
+    assert job.starts() == [0]
 
 
 def test_two_nodes_with_two_ranks_each(job, tmp_path):
@@ -29,11 +42,12 @@ def test_two_nodes_with_two_ranks_each(job, tmp_path):
     """
     setup = tmp_path / "set up.sh"
     setup.write_text("\n".join(f"export {key}={shlex.quote(value)}" for key, value in job.all_environment().items()))
-    job.tasks, job.sbatch, job.pace = 2, (f"--export=MHF_SETUP={setup}", "--job-name=bash"), 0.05
+    job.tasks, job.sbatch, job.pace = 2, (f"--export=MHF_SETUP={setup}", "--job-name=bash"), 2.0
     job.submit()
     job.wait_for_step(1)
-    second = replace(job, pace=0.0).submit()
+    second = replace(job).submit()
     assert second.end() == "FAILED"
+    job.set_pace(0.0)
     assert second.show("ExitCode") == "2:0"
     assert f"job {job.id}, still in the queue, uses" in second.messages()
     job.completes(restarts=0)
@@ -45,27 +59,28 @@ def test_two_nodes_with_two_ranks_each(job, tmp_path):
 
 
 def test_time_limit(job, uninterrupted):
-    job.sbatch, job.pace = ("--time=1", "--signal=B:USR1@30"), 1.0
+    job.sbatch, job.pace = ("--time=30", "--signal=B:USR1@30"), 1.0
     job.submit()
-    job.wait_for(lambda: "requeued" in job.messages(), "requeue")
-    job.cluster.slurm("scontrol", "update", f"JobId={job.id}", "TimeLimit=30")
-    if "is saved" in job.logs():  # it had begun to train
-        (notice,) = (line for line in job.messages().splitlines() if line.endswith("asked to stop by SIGUSR1"))
-        job.report_save("time limit", datetime.strptime(notice[:19], "%Y-%m-%d %H:%M:%S").timestamp())
+    job.wait_for_step(3)
+    job.ends_in(35)
+    notice = "asked to stop by SIGUSR1"
+    job.wait_for(lambda: notice in job.messages(), "notice")
+    saved = job.report_save("time limit", time.time())
     job.restarted()
     job.completes(restarts=1)
-    same(job, uninterrupted)
+    same(job, uninterrupted, saved)
 
 
 @full_only
 def test_time_limit_without_notice(job, uninterrupted):
-    job.sbatch, job.pace = ("--time=1", "--signal=B:CONT@1"), 2.2
+    job.sbatch, job.pace = ("--time=30", "--signal=B:CONT@1"), 1.0
     job.submit()
-    job.wait_for(lambda: "requeued" in job.messages(), "requeue")
-    job.cluster.slurm("scontrol", "update", f"JobId={job.id}", "TimeLimit=30")
+    job.wait_for_step(3)
+    job.ends_in(1)
+    saved = job.report_save("time limit without notice", time.time())
     job.restarted()
     job.completes(restarts=1)
-    same(job, uninterrupted)
+    same(job, uninterrupted, saved)
 
 
 @full_only
@@ -87,10 +102,10 @@ def test_preemption_by_a_higher_partition(job, uninterrupted, cluster, notice):
         sent = time.time()
         cluster.slurm("sbatch", "-p", "high", "-N3", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 2")
         job.wait_for(lambda: job.show("Restarts") == "1", "requeue")
-        job.report_save(f"preemption, {notice}", sent)
+        saved = job.report_save(f"preemption, {notice}", sent)
         job.restarted()
         job.completes(restarts=1)
-        same(job, uninterrupted)
+        same(job, uninterrupted, saved)
     finally:
         cluster.configure("#", "SlurmctldParameters=preempt_send_user_signal")
 
@@ -103,11 +118,11 @@ def test_scontrol_requeue(job, uninterrupted, cluster):
     (job.folder / "save").write_text("4")  # SLURM gives the ranks KillWait, 10 s here
     sent = time.time()
     cluster.slurm("scontrol", "requeue", job.id)
+    saved = job.report_save("scontrol requeue, with 4 s more for the save", sent)
     job.restarted()
     (job.folder / "save").write_text("0")
-    job.report_save("scontrol requeue, with 4 s more for the save", sent)
     job.completes(restarts=1)
-    same(job, uninterrupted)
+    same(job, uninterrupted, saved)
 
 
 @pytest.mark.parametrize("trial", range(10 if FULL else 1))
@@ -117,12 +132,11 @@ def test_signal_to_one_rank_while_another_is_slow(job, uninterrupted, trial):
     job.wait_for_step(3 + trial)
     job.set_pace(1.0, rank=trial % 2)
     sent = job.signal(1 - trial % 2, signal.SIGUSR1)
-    job.wait_for(lambda: "requeued" in job.messages(), "requeue")
-    job.report_save("USR1 to one rank, the other 20 times slower", sent)
+    saved = job.report_save("USR1 to one rank, the other 20 times slower", sent)
     job.set_pace(0.0, rank=trial % 2)
     job.restarted()
     job.completes(restarts=1)
-    same(job, uninterrupted)
+    same(job, uninterrupted, saved)
 
 
 @full_only
@@ -133,16 +147,17 @@ def test_scancel_with_a_signal(job, uninterrupted, cluster, to):
     job.wait_for_step(14)
     sent = time.time()
     cluster.slurm("scancel", "--signal=USR1", *(["--batch"] if to == "batch" else []), job.id)
+    saved = job.report_save(f"scancel --signal to the {to}", sent)
     job.restarted()
-    job.report_save(f"scancel --signal to the {to}", sent)
     job.completes(restarts=1)
-    same(job, uninterrupted)
+    same(job, uninterrupted, saved)
 
 
 def test_killed_rank(job, uninterrupted):
     job.pace = 0.2
     job.submit()
     job.wait_for_step(14)
+    job.wait_for_checkpoint(10)
     killed = job.signal(1, signal.SIGKILL)
     job.wait_for(lambda: "crash 1" in job.messages(), "end of the job")
     print(f"SIGKILL of a rank: {time.time() - killed:.1f} s to the end of the job")
@@ -156,14 +171,15 @@ def test_killed_rank(job, uninterrupted):
 @pytest.mark.parametrize("moment", ["a step", pytest.param("the start", marks=full_only)])
 def test_stopped_rank(job, uninterrupted, moment):
     job.pace = 0.2
-    job.environment = {"MHF_HANG_SECONDS": "20", "MHF_START_SECONDS": "90"}
+    job.environment = {"MHF_HANG_SECONDS": "20", "MHF_START_SECONDS": "180"}  # the latter also for the second start
     job.submit()
     if moment == "a step":
         job.wait_for_step(14)
+        job.wait_for_checkpoint(10)
     else:
         job.wait_for((job.run_dir / "heartbeat/rank-1").exists, "first heartbeat")
     stopped = job.signal(1, signal.SIGSTOP)
-    job.wait_for(lambda: "crash 1" in job.messages(), "end of the job")
+    job.wait_for(lambda: "crash 1" in job.messages(), "end of the job", seconds=360)
     print(f"SIGSTOP of a rank in {moment}: {time.time() - stopped:.1f} s to the end of the job")
     assert "no progress of rank-" in job.messages()
     for rank in range(2):
@@ -172,7 +188,7 @@ def test_stopped_rank(job, uninterrupted, moment):
         assert "in fit" in stacks or moment == "the start"
     job.restarted()
     job.completes(restarts=1)
-    same(job, uninterrupted)
+    same(job, uninterrupted, resumed_from=0 if moment == "the start" else None)
 
 
 @full_only
@@ -182,6 +198,7 @@ def test_power_off(job, uninterrupted, cluster, node):
     job.pace = 0.2
     job.submit()
     job.wait_for_step(14)
+    job.wait_for_checkpoint(10)
     cluster.power_off(node)
     off = time.time()
     try:
@@ -204,7 +221,7 @@ def test_network_outage_of_ten_seconds(job, uninterrupted, cluster):
     time.sleep(10)
     cluster.network("node2", "up")
     job.completes(restarts=0)
-    same(job, uninterrupted)
+    undisturbed(job, uninterrupted)
 
 
 @full_only
@@ -217,11 +234,12 @@ def test_cancelled_then_resumed_on_fewer_nodes(job, cluster):
     assert job.end() == "CANCELLED"
     job.wait_for_end_of_script()
     assert job.show("Restarts") == "0"
-    job.report_save("scancel", sent)
+    saved = job.report_save("scancel", sent)
     job.pace, job.nodes = 0.0, 1
     job.options = ("--trainer.accumulate_grad_batches", "2", "--trainer.val_check_interval", "30")
     job.submit().completes(restarts=0)
     job.nodes = 2
+    assert job.starts() == [0, saved]
     assert job.samples() == job.expected_samples()
     assert [step for step, _ in job.curves()["train/loss"]] == list(range(40))
 
@@ -257,14 +275,14 @@ def test_a_job_that_may_not_be_requeued_saves(job, uninterrupted):
     job.sbatch, job.pace = ("--no-requeue",), 0.3
     job.submit()
     job.wait_for_step(14)
-    job.signal(0, signal.SIGUSR1)
+    saved = job.report_save("USR1 to one rank", job.signal(0, signal.SIGUSR1))
     assert job.end() == "FAILED"
     assert job.show("ExitCode") == "75:0"
     assert "the same sbatch command continues the run" in job.messages()
     first, job.pace = job, 0.0
     second = replace(first).submit()
     second.completes(restarts=0)
-    same(second, uninterrupted)
+    same(second, uninterrupted, saved)
 
 
 def test_what_cannot_be_mended_is_not_requeued(job):
@@ -304,10 +322,11 @@ def test_harmless_names(job, cluster, uninterrupted, tmp_path):
     if FULL:
         job.pace = 0.2
     job.submit()
+    saved = 0
     if FULL:
         job.wait_for_step(14)
-        job.signal(0, signal.SIGUSR1)
+        saved = job.report_save("USR1 to one rank", job.signal(0, signal.SIGUSR1))
         job.restarted()
     job.completes(restarts=1 if FULL else 0)
-    same(job, uninterrupted)
+    same(job, uninterrupted, saved)
     assert not any((folder / name).exists() for folder in (ROOT, tmp_path, job.folder) for name in "wxyz")
