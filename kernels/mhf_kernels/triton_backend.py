@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +28,16 @@ D_H = (16, 256)  # smallest and largest; multiples of 16 in between
 GATES = ("fast", "exact")
 INTERPRETED = triton.knobs.runtime.interpret
 DECODE_TOKENS = 64  # up to here the tile of tokens is as small as the tensor cores allow
+# With 99 KiB of shared memory, TF32 has no tile for d_h above 128: backward_tokens needs seven operands of 16 KiB each.
+NARROW = ("sm_86", "sm_89")
+MOST_SPLITS = 8  # of the tokens of dK, dU and dV where their columns alone fill the GPU: bounds the workspace
+# What the kernel of dK, dU and dV computes while a byte moves: 402 TFLOP/s by 3.1 TB/s, bfloat16 on an H200. It is less
+# in float32, where splits are therefore taken for dearer than they are.
+FLOPS_PER_BYTE = 130
+
+
+class TileWarning(UserWarning):
+    """A tile of the tuning table does not fit this GPU, and the default runs in its place."""
 
 
 def supports(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> str | None:
@@ -59,36 +71,55 @@ def forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> Tensor:
     if o.numel() == 0:
         return o
     q_seq, r_seq = _sequences(q, r)
-    batch, length, heads, _ = q_seq.shape
-    kuv_heads, subnetworks, d_e, _ = k.shape
-    tile = _tile("forward", q)
-    slots = tile.programs_per_sm * _multiprocessors(q.device)
+    if _is_decoding(q_seq):
+        _launch("decode", q, lambda tile: _forward(q_seq, k, u, v, r_seq, o, decode_tile(tile, q_seq)))
+    else:
+        _launch("forward", q, lambda tile: _forward(q_seq, k, u, v, r_seq, o, tile))
+    return o
+
+
+def _is_decoding(q: Tensor) -> bool:
+    """Say whether there are few tokens, and too few tiles of them to fill the GPU."""
+    batch, length, heads, _ = q.shape
+    tile, _ = tuning.lookup(*_row("forward", q))
     programs = batch * heads * triton.cdiv(length, tile.block_m)
-    if programs < slots and length <= DECODE_TOKENS:
-        tile = _tile("decode", q)
-        tile = replace(tile, block_m=min(DECODE_TOKENS, max(tile.block_m, triton.next_power_of_2(length))))
-        slots = tile.programs_per_sm * _multiprocessors(q.device)
-        programs = batch * heads * triton.cdiv(length, tile.block_m)
+    return length <= DECODE_TOKENS and programs < tile.programs_per_sm * _multiprocessors(q.device)
+
+
+def decode_tile(tile: tuning.Tile, q: Tensor) -> tuning.Tile:
+    """Let one tile hold all tokens, so that K, U and V are read once; not in float32.
+
+    There, 64 tokens of d_h 256 need 112 KiB of shared memory even with the default tile, more than many GPUs have, and
+    minutes to compile with the tile tuned for Hopper.
+    """
+    if q.dtype == torch.float32:
+        return tile
+    return replace(tile, block_m=min(DECODE_TOKENS, max(tile.block_m, triton.next_power_of_2(q.shape[1]))))
+
+
+def _forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor, o: Tensor, tile: tuning.Tile) -> None:
+    batch, length, heads, _ = q.shape
+    kuv_heads, subnetworks, d_e, _ = k.shape
+    tiles_m = triton.cdiv(length, tile.block_m)
     # Too few tiles of tokens to fill the GPU: several programs share one, each with a part of d_ff.
+    programs, slots = batch * heads * tiles_m, tile.programs_per_sm * _multiprocessors(q.device)
     tiles = subnetworks * triton.cdiv(d_e, tile.block_n)
     tiles_per_split = min(tiles, triton.cdiv(tiles * programs, slots))
     splits = triton.cdiv(tiles, tiles_per_split)
     out = o if splits == 1 else torch.empty((splits, *o.shape), dtype=torch.float32, device=q.device)
 
-    tiles_m = triton.cdiv(length, tile.block_m)
     constants = _constants(q, tile, d_e)
-    described = _described((q_seq,), (k, u, v), tile, constants)
-    with _on(q.device):
-        triton_kernels.forward_kernel[(batch * tiles_m * heads, splits)](
-            *described, r_seq, out,
-            *q_seq.stride(), *k.stride(), *u.stride(), *v.stride(), *r_seq.stride(),
+    described = _described((q,), (k, u, v), tile, constants)
+    with on(q.device):
+        triton_kernels.forward_kernel[(programs, splits)](
+            *described, r, out,
+            *q.stride(), *k.stride(), *u.stride(), *v.stride(), *r.stride(),
             length, heads, heads // kuv_heads, subnetworks, d_e,
             tiles_per_split, tiles_m, batch * length,
             **constants, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     if splits > 1:
         _sum_splits(out, o)
-    return o
 
 
 def backward(
@@ -112,25 +143,34 @@ def backward(
         for w, needed in ((k, need_k), (u, need_u), (v, need_v))
     )
     if q.numel() == 0:
-        for sums in (dk, du, dv):
-            if sums is not None:
-                sums.zero_()
+        for total in (dk, du, dv):
+            if total is not None:
+                total.zero_()
         return dq, dk, du, dv, dr
     grad_seq, q_seq, r_seq, *dr_seq = _sequences(grad_o, q, r, *(() if dr is None else (dr,)))
-    with _on(q.device):
+    with on(q.device):
         if need_q or need_r:
-            _backward_tokens(grad_seq, q_seq, k, u, v, r_seq, dq, dr_seq[0] if dr_seq else None)
+            gates = (r_seq, dr_seq[0] if dr_seq else None)
+            _launch("backward_tokens", q, lambda tile: _backward_tokens(grad_seq, q_seq, k, u, v, *gates, dq, tile))
         if need_k or need_u or need_v:
-            _backward_weights(grad_seq, q_seq, k, u, v, r_seq, dk, du, dv)
+            sums = (dk, du, dv)
+            _launch("backward_weights", q, lambda tile: _backward_weights(grad_seq, q_seq, k, u, v, r_seq, *sums, tile))
     return dq, dk, du, dv, dr
 
 
 def _backward_tokens(
-    grad_o: Tensor, q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor, dq: Tensor | None, dr: Tensor | None
+    grad_o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    u: Tensor,
+    v: Tensor,
+    r: Tensor,
+    dr: Tensor | None,
+    dq: Tensor | None,
+    tile: tuning.Tile,
 ) -> None:
     batch, length, heads, _ = q.shape
     kuv_heads, subnetworks, d_e, _ = k.shape
-    tile = _tile("backward_tokens", q)
     constants = _constants(q, tile, d_e)
     tiles_m = triton.cdiv(length, tile.block_m)
     dr_strides = (0, 0, 0, 0) if dr is None else dr.stride()
@@ -153,18 +193,17 @@ def _backward_weights(
     dk: Tensor | None,
     du: Tensor | None,
     dv: Tensor | None,
+    tile: tuning.Tile,
 ) -> None:
     batch, length, heads, _ = q.shape
     kuv_heads, subnetworks, d_e, _ = k.shape
-    tile = _tile("backward_weights", q)
     constants = _constants(q, tile, d_e)
     tiles_m = triton.cdiv(length, tile.block_m)
     sequences = batch * (heads // kuv_heads)
     programs = kuv_heads * subnetworks * constants["TILES_E"]
-    # Too few columns to fill the GPU: cut the tokens as well.
-    splits = max(1, min(tile.programs_per_sm * _multiprocessors(q.device) // programs, sequences * tiles_m))
+    slots = tile.programs_per_sm * _multiprocessors(q.device)
+    splits = weight_splits(programs, slots, sequences * tiles_m, tile.block_m)
     tiles_per_split = triton.cdiv(sequences * tiles_m, splits)
-    splits = triton.cdiv(sequences * tiles_m, tiles_per_split)
     outs = [
         x if x is None or splits == 1 else torch.empty((splits, *x.shape), dtype=torch.float32, device=x.device)
         for x in (dk, du, dv)
@@ -183,12 +222,37 @@ def _backward_weights(
                 _sum_splits(partials, total)
 
 
+def weight_splits(programs: int, slots: int, tiles: int, block_m: int) -> int:
+    """Return into how many parts to cut the tokens of dK, dU and dV, so that the parts and their sum are done soonest.
+
+    The unit of the model is the time of one tile in one slot. `programs * splits` programs run in waves of `slots`, and
+    each walks `ceil(tiles / splits)` tiles. With several parts, each program also leaves `3 block_n d_h` float32 sums,
+    written once and read once: 24 bytes for each of `block_n d_h`, at the bandwidth of the whole GPU. A tile is six
+    products, `12 block_m` FLOPs for each of `block_n d_h`, at a slot's share of the GPU's speed. So the sums of a
+    program cost `2 FLOPS_PER_BYTE / (block_m slots)`: a part costs `2 FLOPS_PER_BYTE / tokens` of the whole kernel.
+
+    Until they are summed, the parts take 4 bytes for each element of dK, dU and dV, `splits` times.
+
+    Args:
+        programs: that the columns of d_ff make.
+        slots: programs that run at a time.
+        tiles: of tokens.
+        block_m: tokens of a tile.
+    """
+
+    def cost(splits: int) -> float:
+        walked = triton.cdiv(programs * splits, slots) * triton.cdiv(tiles, splits)
+        return walked if splits == 1 else walked + programs * splits * 2 * FLOPS_PER_BYTE / (block_m * slots)
+
+    return min(range(1, max(MOST_SPLITS, slots // programs) + 1), key=cost)
+
+
 def _sum_splits(partials: Tensor, out: Tensor) -> None:
     splits = partials.shape[0]
     rows = triton.next_power_of_2(splits)
     block = max(32, 4096 // rows)
     grid = (triton.cdiv(out.numel(), block),)
-    with _on(out.device):
+    with on(out.device):
         triton_kernels.sum_splits_kernel[grid](partials, out, out.numel(), splits, SPLITS=rows, BLOCK=block)
 
 
@@ -242,7 +306,7 @@ def _can_describe(x: Tensor) -> bool:
 
 def _constants(q: Tensor, tile: tuning.Tile, d_e: int) -> dict[str, Any]:
     d_h = q.shape[-1]
-    tf32 = q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" and not INTERPRETED
+    tf32 = not INTERPRETED and _tf32(q.dtype, d_h, arch(q.device))
     return {
         "D": d_h,
         "TILES_E": triton.cdiv(d_e, tile.block_n),
@@ -253,6 +317,14 @@ def _constants(q: Tensor, tile: tuning.Tile, d_e: int) -> dict[str, Any]:
         "INTERPRETED": INTERPRETED,  # the interpreter multiplies the bits of bfloat16 tiles
         "PRECISION": "tf32" if tf32 else "ieee",
     }
+
+
+def _tf32(dtype: torch.dtype, d_h: int, arch: str) -> bool:
+    """Say whether products are to be in TF32: where PyTorch's setting for matrix products allows it, and it fits."""
+    if dtype != torch.float32 or (d_h > 128 and arch in NARROW):
+        return False
+    # What cuBLAS goes by; unlike torch.get_float32_matmul_precision, it can be read whichever API has set it.
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _gate(dtype: torch.dtype, tf32: bool) -> str:
@@ -275,9 +347,33 @@ def gate() -> str:
     return chosen
 
 
-def _tile(kernel: str, q: Tensor) -> tuning.Tile:
+def _launch(kernel: str, q: Tensor, run: Callable[[tuning.Tile], None]) -> None:
+    """Call `run` with the tile of a kernel.
+
+    If a tile of the table exceeds this GPU, its row is forgotten in this process, and the default runs from now on.
+    """
+    row = _row(kernel, q)
+    tile, source = tuning.lookup(*row)
+    try:
+        run(tile)
+        return
+    except triton.OutOfResources as error:
+        if source == "default":
+            raise
+        warnings.warn(
+            f"the tile tuned for {tuning.key(*row)} does not fit this GPU, and the default runs instead ({error}); "
+            "`python -m mhf_kernels.tune` measures tiles that fit",
+            TileWarning,
+            stacklevel=2,
+        )
+    tuning.forget(tuning.key(*row))
+    run(tuning.lookup(*row)[0])
+
+
+def _row(kernel: str, q: Tensor) -> tuple[str, str, int, str]:
+    """Return what names a row of the tuning table."""
     dtype = "float32" if q.dtype == torch.float32 else "half"
-    return tuning.lookup(kernel, arch(q.device), triton.next_power_of_2(q.shape[-1]), dtype)[0]
+    return kernel, arch(q.device), triton.next_power_of_2(q.shape[-1]), dtype
 
 
 @functools.cache
@@ -296,6 +392,6 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _on(device: torch.device) -> Any:
+def on(device: torch.device) -> Any:
     """Launch on the device of the tensors, whichever is current."""
     return torch.cuda.device(device if device.type == "cuda" else -1)

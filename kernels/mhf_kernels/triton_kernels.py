@@ -24,6 +24,14 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+# Arguments that follow L or B. Were a kernel specialised on them (on 1, on multiples of 16), a new length would compile
+# it anew in mid-training. The loads stay as wide, for every address has a stride or a block beside these; but for r in
+# backward_weights_kernel under Triton 3.6, 4 bytes instead of 8.
+_VARYING = (
+    *("length", "batch", "tiles_m", "tiles_per_split", "out_rows", "splits"),
+    *("r_b", "r_h", "r_e", "dr_b", "dr_h", "dr_e"),
+)
+
 
 @triton.jit
 def _token_tile(
@@ -113,7 +121,7 @@ def _sigmoid(m, GATE: tl.constexpr):
     return s
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def forward_kernel(
     q, k, u, v, r, o,
     q_b, q_l, q_h, q_d,
@@ -170,7 +178,7 @@ def forward_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def backward_tokens_kernel(
     grad_o, q, k, u, v, r, dq, dr,
     g_b, g_l, g_h, g_d,
@@ -255,7 +263,7 @@ def _place(tile, kuv, batch, group, sequences, tiles_m, BLOCK_M: tl.constexpr):
     return b, head, start
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=("sequences",))
 def backward_weights_kernel(
     grad_o, q, k, u, v, r, dk, du, dv,
     g_b, g_l, g_h, g_d,
@@ -342,7 +350,7 @@ def backward_weights_kernel(
         tl.store(dv + offsets, dv_acc.to(dv.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def sum_splits_kernel(partials, out, numel, splits, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     """Write `out = partials.sum(0)`, partials `[splits, numel]` float32; SPLITS is the power of two from splits on."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +21,10 @@ import torch
 import torch.distributed as dist
 import triton
 from torch import Tensor
+from triton.errors import TritonError
 
 from mhf_kernels import triton_backend, tuning
+from mhf_kernels.triton_backend import TileWarning
 from mhf_kernels.tuning import Tile
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -107,28 +110,42 @@ def tune(d_hs: Iterable[int], dtypes: Iterable[str], log: Callable[[str], None],
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
         failures = list(pool.map(_compile, jobs))  # into Triton's cache on disk, which this process reads
-    runnable = [job for job, failure in zip(jobs, failures, strict=True) if failure is None]
-    if not runnable:
-        raise RuntimeError(f"no candidate compiles; the first failure: {failures[0]}")
+    if None not in failures:
+        raise RuntimeError(f"no candidate runs; the first failure: {failures[0]}")
 
     arch = triton_backend.arch(torch.device("cuda"))
     rows = {}
-    for (kernel, block_d, dtype), group in itertools.groupby(runnable, key=lambda job: job[:3]):
-        inputs, grad = _inputs(kernel, block_d, dtype)
+    for (kernel, block_d, dtype), group in itertools.groupby(zip(jobs, failures, strict=True), lambda x: x[0][:3]):
         name = tuning.key(kernel, arch, block_d, dtype)
-        expected = _run(kernel, tuning.default(kernel, block_d, dtype), name, inputs[0], grad)
-        times = {}
-        for _, _, _, tile in group:
-            difference = _difference(_run(kernel, tile, name, inputs[0], grad), expected)
-            if not difference <= TOLERANCE[dtype]:
-                log(f"  {name} {tile}: results differ by {difference:.1e}, left out")
-                continue
-            times[tile] = _milliseconds(kernel, inputs, grad)
-            log(f"  {name} {times[tile]:8.3f} ms {tile}")
-        rows[name] = min(times, key=lambda tile: times[tile])
+        tiles = []
+        for (_, _, _, tile), failure in group:
+            if failure is None:
+                tiles.append(tile)
+            else:
+                log(f"  {name} {tile}: cannot run, left out: {failure.splitlines()[0]}")
+        rows[name] = _fastest(kernel, block_d, dtype, name, tiles, log)
         tuning.install({name: rows[name]})
         log(f"{name}: {rows[name]}")
     return rows
+
+
+def _fastest(kernel: str, block_d: int, dtype: str, name: str, tiles: list[Tile], log: Callable[[str], None]) -> Tile:
+    """Return the fastest of the tiles whose results equal those of the default tile; that one where there is none."""
+    default = tuning.default(kernel, block_d, dtype)
+    inputs, grad = _inputs(kernel, block_d, dtype)
+    expected = _run(kernel, default, name, inputs[0], grad)
+    times = {}
+    for tile in tiles:
+        difference = _difference(_run(kernel, tile, name, inputs[0], grad), expected)
+        if not difference <= TOLERANCE[dtype]:
+            log(f"  {name} {tile}: results differ by {difference:.1e}, left out")
+            continue
+        times[tile] = _milliseconds(kernel, inputs, grad)
+        log(f"  {name} {times[tile]:8.3f} ms {tile}")
+    if not times:
+        log(f"  {name}: every candidate is left out, so the default tile stays")
+        return default
+    return min(times, key=lambda tile: times[tile])
 
 
 def tune_on_one_rank(d_h: int, dtype: torch.dtype, log: Callable[[str], None]) -> None:
@@ -140,15 +157,26 @@ def tune_on_one_rank(d_h: int, dtype: torch.dtype, log: Callable[[str], None]) -
         d_h: width of a head.
         dtype: of the op's inputs.
         log: receives progress, on rank 0.
+
+    Raises:
+        RuntimeError: rank 0 could not tune; on every rank.
     """
-    rows: list[dict[str, Tile] | None] = [None]
+    outcome: list[dict[str, Tile] | str] = [{}]  # the rows, or why there are none
+    cause = None
     distributed = dist.is_available() and dist.is_initialized()
     if not distributed or dist.get_rank() == 0:
-        rows = [tune([d_h], ["float32" if dtype == torch.float32 else "half"], log)]
+        try:
+            outcome = [tune([d_h], ["float32" if dtype == torch.float32 else "half"], log)]
+        except Exception as error:  # the other ranks wait for an answer
+            outcome, cause = [f"{type(error).__name__}: {error}"], error
     if distributed:
-        dist.broadcast_object_list(rows, src=0)
-    assert rows[0] is not None
-    tuning.install(rows[0])
+        dist.broadcast_object_list(outcome, src=0)
+    rows = outcome[0]
+    if isinstance(rows, str):
+        raise RuntimeError(
+            f"rank 0 could not tune the kernels ({rows}); without tuning, the shipped tiles run"
+        ) from cause
+    tuning.install(rows)
 
 
 def _inputs(kernel: str, d_h: int, dtype: str) -> tuple[list[Inputs], Tensor]:
@@ -163,9 +191,7 @@ def _inputs(kernel: str, d_h: int, dtype: str) -> tuple[list[Inputs], Tensor]:
 
         weights = (heads, subnetworks, d_e, d_h)
         # As router_weights lays it out.
-        r = torch.rand(heads, subnetworks, 1, tokens, device="cuda").permute(
-            2, 3, 0, 1
-        )  # as router_weights lays it out
+        r = torch.rand(heads, subnetworks, 1, tokens, device="cuda").permute(2, 3, 0, 1)
         return (
             normal(1, tokens, heads, d_h),
             normal(*weights, std=d_h**-0.5),
@@ -198,9 +224,11 @@ def _compile(job: Job) -> str | None:
         inputs, grad = _inputs(kernel, block_d, dtype)
         few = inputs[0] if kernel == "decode" else (inputs[0][0][:, :2048], *inputs[0][1:4], inputs[0][4][:, :2048])
         name = tuning.key(kernel, triton_backend.arch(torch.device("cuda")), block_d, dtype)
-        _run(kernel, tile, name, few, grad[:, : few[0].shape[1]])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", TileWarning)  # the default would run in the candidate's place
+            _run(kernel, tile, name, few, grad[:, : few[0].shape[1]])
         torch.cuda.synchronize()
-    except (triton.runtime.errors.OutOfResources, triton.CompilationError, RuntimeError) as error:
+    except (TritonError, TileWarning, RuntimeError) as error:  # TritonError: among others, what ptxas rejects
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -231,9 +259,10 @@ def main() -> None:
         sys.exit("mhf_kernels.tune: there is no CUDA device here; tune on the GPU that is to run the kernels")
     rows = tuning.read(options.output)
     rows.update(tune(options.d_h, options.dtype, lambda line: print(line, flush=True), options.workers))
-    device = torch.cuda.get_device_name()
     versions = f"torch {torch.__version__}, triton {triton.__version__}, Python {platform.python_version()}"
-    options.output.write_text(tuning.dump(rows, {triton_backend.arch(torch.device("cuda")): f"{device}, {versions}"}))
+    measured = tuning.measured(options.output)
+    measured[triton_backend.arch(torch.device("cuda"))] = f"{torch.cuda.get_device_name()}, {versions}"
+    options.output.write_text(tuning.dump(rows, measured))
     print(f"wrote {options.output}")
 
 

@@ -68,11 +68,16 @@ def lookup(kernel: str, arch: str, block_d: int, dtype: str) -> tuple[Tile, str]
 
 
 def default(kernel: str, block_d: int, dtype: str) -> Tile:
-    """Return a tile that fits into the registers and shared memory (99 KiB) of every GPU from Ampere on."""
+    """Return a tile that fits into the registers and shared memory (99 KiB) of every GPU from Ampere on.
+
+    One case has no such tile, TF32 with d_h above 128: see `triton_backend`.
+    """
     if dtype == "float32":
         wide = block_d > 128
         narrow_m = kernel == "decode" or (wide and kernel.startswith("backward"))
-        return Tile(16 if narrow_m else 32, 16 if wide else 32, num_warps=4, num_stages=1)
+        narrow_n = wide or (block_d == 128 and kernel == "backward_tokens")  # for TF32, which needs more than IEEE
+        transposed = kernel == "backward_weights"
+        return Tile(16 if narrow_m else 32, 16 if narrow_n else 32, num_warps=4, num_stages=1, transposed=transposed)
     if kernel == "decode":
         return Tile(16, 32 if block_d <= 128 else 16, num_warps=4, num_stages=3 if block_d <= 128 else 2)
     if kernel == "backward_weights":
@@ -83,16 +88,23 @@ def default(kernel: str, block_d: int, dtype: str) -> Tile:
 
 @functools.cache
 def table() -> dict[str, Tile]:
-    """Return the shipped table; `install` replaces rows of it in this process."""
+    """Return the shipped table; `install` and `forget` change rows of it in this process."""
     return read(TABLE)
 
 
 def read(path: Path) -> dict[str, Tile]:
     """Return the rows of a table file; none where there is no file."""
-    if not path.exists():
-        return {}
-    rows: dict[str, dict[str, Any]] = json.loads(path.read_text())["tiles"]
+    rows: dict[str, dict[str, Any]] = _content(path)["tiles"]
     return {name: Tile(**row) for name, row in rows.items()}
+
+
+def measured(path: Path) -> dict[str, str]:
+    """Return the GPU and the versions that measured the rows of a table file, for each architecture."""
+    return _content(path)["measured"]
+
+
+def _content(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {"measured": {}, "tiles": {}}
 
 
 def install(rows: dict[str, Tile]) -> None:
@@ -100,7 +112,12 @@ def install(rows: dict[str, Tile]) -> None:
     table().update(rows)
 
 
+def forget(name: str) -> None:
+    """Drop a row in this process: from now on, its default is used."""
+    table().pop(name, None)
+
+
 def dump(rows: dict[str, Tile], measured: dict[str, str]) -> str:
-    """Return the text of a table file; `measured` names the GPU and the versions for an architecture."""
+    """Return the text of a table file; `measured` names the GPU and the versions for each architecture."""
     lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(asdict(rows[name]))}" for name in sorted(rows))
     return f'{{\n  "measured": {json.dumps(measured)},\n  "tiles": {{\n{lines}\n  }}\n}}\n'

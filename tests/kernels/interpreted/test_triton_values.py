@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import pytest
 import torch
-from mhf_kernels import BackendUnavailableError, dispatch, flash_mhf, flash_mhf_reference, triton_backend, tuning
+import triton
+from mhf_kernels import (
+    BackendUnavailableError,
+    dispatch,
+    flash_mhf,
+    flash_mhf_reference,
+    triton_backend,
+    triton_kernels,
+    tuning,
+)
 
 NAMES = ("o", "q", "k", "u", "v", "r")
 SHAPES = [  # batch, length, heads, kuv_heads, subnetworks, d_e, d_h
@@ -208,3 +218,50 @@ def test_opcheck():
     q, k, u, v, r = (x.detach() for x in inputs)
     for needs in [(True,) * 5, (True, False, False, True, False)]:
         torch.library.opcheck(torch.ops.mhf.flash_mhf_backward, (torch.ones_like(q), q, k, u, v, r, *needs))
+
+
+class TooLarge:
+    """A kernel on a GPU whose shared memory has no room for tiles of this many columns."""
+
+    def __init__(self, kernel, block_n):
+        self.kernel, self.block_n = kernel, block_n
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            if options["BLOCK_N"] == self.block_n:
+                raise triton.OutOfResources(120_000, 101_376, "shared memory")
+            self.kernel[grid](*args, **options)
+
+        return launch
+
+
+LAUNCHES = {  # rows of the tuning table: kernels, and multiprocessors
+    "forward": ("forward_kernel", 1),
+    "decode": ("forward_kernel", 64),
+    "backward_tokens": ("backward_tokens_kernel", 1),
+    "backward_weights": ("backward_weights_kernel", 1),
+}
+
+
+@pytest.mark.parametrize("row", LAUNCHES)
+def test_a_tuned_tile_that_does_not_fit_gives_way_to_the_default(monkeypatch, row):
+    kernel, processors = LAUNCHES[row]
+    name = tuning.key(row, "interpreter", 32, "float32")
+    rows = {name: tuning.Tile(16, 128, 4, 2)}
+    monkeypatch.setattr(tuning, "table", lambda: rows)
+    monkeypatch.setattr(triton_backend, "_multiprocessors", lambda device: processors)
+    monkeypatch.setattr(triton_kernels, kernel, TooLarge(getattr(triton_kernels, kernel), 128))
+    with pytest.warns(triton_backend.TileWarning, match=f"{name} does not fit this GPU.*Required: 120000") as warned:
+        check(make((1, 20, 2, 2, 2, 48, 32)))
+    assert len(warned) == 1
+    assert not rows
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check(make((1, 20, 2, 2, 2, 48, 32)))
+
+
+def test_a_default_that_does_not_fit_is_an_error(monkeypatch):
+    block_n = tuning.default("forward", 32, "float32").block_n
+    monkeypatch.setattr(triton_kernels, "forward_kernel", TooLarge(triton_kernels.forward_kernel, block_n))
+    with pytest.raises(triton.OutOfResources, match="Required: 120000"):
+        flash_mhf(*make((1, 20, 2, 2, 2, 48, 32)))
