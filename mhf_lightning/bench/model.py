@@ -8,7 +8,7 @@ import datetime
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -177,7 +177,6 @@ def run(args: argparse.Namespace) -> int:
         row = {"model": name, "mode": mode} | about | case.row(args.only, ceilings[length])
         rows.append(row)
         file_of_rows.write(row)
-        measure.release(device)
         _say(f"    {row['status']}, {time.perf_counter() - started:.1f} s")
     file_of_rows.close()
 
@@ -189,7 +188,7 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         _say(f"no plot: {error}")
     _say(f"results: {output}")
-    return 1 if any(row["status"].startswith("failed") for row in rows) else 0
+    return 1 if any("failed in" in row["status"] for row in rows) else 0
 
 
 def _can_be_unfused(config: DecoderConfig) -> bool:
@@ -208,11 +207,11 @@ class _Case:
     stopwatch: Stopwatch
 
     def row(self, only: str | None, ceiling: float) -> Row:
-        """Measure; what goes wrong becomes the row's status."""
+        """Measure inference and training, each whatever becomes of the other; what goes wrong becomes the status."""
         with torch.device("meta"):
             parameters = count_parameters(Decoder(self.config))
         row: Row = {
-            "status": "ok",
+            "status": "",
             "L": self.length,
             "batch": self.batch,
             "num_layers": self.config.num_layers,
@@ -220,20 +219,22 @@ class _Case:
             "non_embedding": parameters.non_embedding,
             "gemm_tflops": ceiling / 1e12,
         }
-        stage = "building"
-        try:
-            if only != "training" and self.mode.checkpointing == "none":  # there is nothing to keep in inference
-                stage = "inference"
-                row |= self._inference()
-                measure.release(self.stopwatch.device)
-            if only != "inference":
-                stage = "training"
-                row |= self._training()
-        except OutOfMemoryError:
-            row["status"] = f"OOM in {stage}"
-        except Exception as error:  # a model that fails must not cost the results of the others
-            lines = [type(error).__name__, *str(error).strip().splitlines()]
-            row["status"] = f"failed in {stage}: {': '.join(lines[:2])}"
+        stages: dict[str, Callable[[], dict[str, float]]] = {}
+        if only != "training" and self.mode.checkpointing == "none":  # there is nothing to keep in inference
+            stages["inference"] = self._inference
+        if only != "inference":
+            stages["training"] = self._training
+        problems = []
+        for stage, measured in stages.items():
+            try:
+                row |= measured()
+            except OutOfMemoryError:
+                problems.append(f"OOM in {stage}")
+            except Exception as error:  # a model that fails must not cost the results of the others
+                lines = [type(error).__name__, *str(error).strip().splitlines()]
+                problems.append(f"failed in {stage}: {': '.join(lines[:2])}")
+            measure.release(self.stopwatch.device)
+        row["status"] = "; ".join(problems) or "ok"
         if "step_ms" in row:
             flops = flops_per_token(self.config, self.length) * self.batch * self.length
             row["tokens_per_s"] = self.batch * self.length / (row["step_ms"] / 1e3)
@@ -274,8 +275,9 @@ class _Case:
         return cost
 
     def _training(self) -> dict[str, float]:
-        """Forward, backward and AdamW with float32 weights under autocast; the peak is all that is allocated."""
+        """Forward, backward and AdamW with float32 weights under autocast; the peak includes weights and optimizer."""
         device = self.stopwatch.device
+        before = torch.cuda.memory_allocated() if device.type == "cuda" else 0  # the stopwatch's own
         decoder, tokens = self._build(torch.float32), self._tokens()
         optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-4, fused=True)
         autocast = torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
@@ -293,7 +295,7 @@ class _Case:
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
                 step()
-                cost["training_peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+                cost["training_peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
         return cost
 
 

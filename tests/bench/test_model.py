@@ -10,8 +10,9 @@ import pytest
 import torch
 import yaml
 from mhf_kernels import FlashMHF
+from torch._dynamo.utils import counters
 
-from mhf_lightning.bench.measure import Stopwatch
+from mhf_lightning.bench.measure import OutOfMemoryError, Stopwatch
 from mhf_lightning.bench.model import MODES, _Case, main, read_model, tables
 from mhf_lightning.plan.flops import flops_per_token
 
@@ -59,20 +60,41 @@ def test_every_mode_of_every_model_is_measured(files, tmp_path, capsys):
     assert "model.csv exists" in capsys.readouterr().err
 
 
+class Kept:
+    """Bytes that a forward within `hooks` keeps for its backward, without weights and the state of random numbers."""
+
+    def __init__(self, decoder):
+        self.weights = {p.untyped_storage().data_ptr() for p in decoder.parameters()}
+        self.storages: dict[int, int] = {}
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda x: x)
+
+    def pack(self, x):
+        if x.is_floating_point() and x.untyped_storage().data_ptr() not in self.weights:
+            self.storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+
 def test_the_modes_compute_the_same(files, monkeypatch):
-    """Compiled, checkpointed and unfused, a model has the loss and the gradients that it has plainly."""
+    """Each mode is what it says, and has the loss and the gradients that the model has plainly."""
     config = read_model(Path(files[1]))
     tokens = torch.randint(64, (2, 8))
-    results = {}
+    results, kept, graphs = {}, {}, {}
     for name, mode in MODES.items():
+        torch._dynamo.reset()
+        counters.clear()
         torch.manual_seed(0)
         decoder = _Case(config, mode, 2, 8, torch.float32, Stopwatch(torch.device("cpu"), 0.1))._build(torch.float32)
-        sums = decoder(tokens, tokens)
+        saved = Kept(decoder)
+        with saved.hooks:
+            sums = decoder(tokens, tokens)
         sums.nll.backward()
         results[name] = [sums.nll.detach(), *(p.grad for p in decoder.parameters())]
+        kept[name], graphs[name] = sum(saved.storages.values()), counters["stats"]["unique_graphs"]
     for name, values in results.items():
         for value, expected in zip(values, results["eager"], strict=True):
             torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    assert graphs == {name: config.num_layers if mode.compiled else 0 for name, mode in MODES.items()}
+    assert kept["compiled_checkpoint"] < kept["compiled_selective"] < kept["compiled"] < kept["eager"]
 
     def forbidden(*_):
         raise AssertionError("the fused layer ran")
@@ -80,6 +102,28 @@ def test_the_modes_compute_the_same(files, monkeypatch):
     monkeypatch.setattr(FlashMHF, "_subnetworks", forbidden)
     unfused = _Case(config, MODES["unfused"], 2, 8, torch.float32, Stopwatch(torch.device("cpu"), 0.1))
     unfused._build(torch.float32)(tokens)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [(OutOfMemoryError(), "OOM in inference", 0), (KeyError("lost"), "failed in inference: KeyError: 'lost'", 1)],
+)
+def test_what_inference_cannot_do_does_not_cost_the_training(files, tmp_path, monkeypatch, error, status, code):
+    def fails(self):
+        raise error
+
+    monkeypatch.setattr(_Case, "_inference", fails)
+    sizes = ["--length", "8", "--tokens", "16", "--quick", "--output", str(tmp_path)]
+    assert main([files[0], *sizes, "--modes", "eager"]) == code
+    [row] = read(tmp_path / "model.csv")
+    assert (row["status"], row["inference_ms"]) == (status, "n/a")
+    assert float(row["step_ms"]) > 0
+
+    monkeypatch.setattr(_Case, "_training", fails)
+    sizes[-1] = str(tmp_path / "both")
+    assert main([files[0], *sizes, "--modes", "eager"]) == code
+    [row] = read(tmp_path / "both" / "model.csv")
+    assert row["status"] == f"{status}; {status.replace('inference', 'training')}"
 
 
 def test_speed_ups_are_those_over_the_compiled_and_the_checkpointed_baseline():
