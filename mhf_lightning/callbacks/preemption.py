@@ -18,10 +18,11 @@ EXIT_PREEMPTED = 75  # EX_TEMPFAIL: "try again"; slurm/pretrain.sbatch answers i
 class Preemption(Checkpoint):
     """Saves and leaves when any rank was sent a stop signal (:mod:`mhf_lightning.signals`).
 
-    Ranks agree by a MAX reduction on a CPU group, begun after each optimiser step and looked at after the next, so that
-    nobody waits for it. Each step, because an interval that was chosen by the pace so far would be too long for a rank
-    that becomes slow: SLURM may leave 30 s. The save is on disk before the process leaves. Validation that is due after
-    this step is left to the next start, which begins with it; a request during validation is seen one step after it.
+    Ranks agree by a MAX reduction on a CPU group, begun after every second optimiser step and looked at after the next,
+    so that nobody waits for it. A fixed number of steps, because an interval that was chosen by the pace so far would be
+    too long for a rank that becomes slow: SLURM may leave 30 s. The save is on disk before the process leaves.
+    Validation that is due after this step is left to the next start, which begins with it; a request during validation
+    is seen one step after it.
 
     It is a ``Checkpoint`` because Lightning keeps those last: behind :class:`ExactResume`, which counts the samples.
     """
@@ -45,12 +46,13 @@ class Preemption(Checkpoint):
             self._leave(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
-        """After an optimiser step: hear the answer, and save if this run is to leave; else ask again."""
+        """After an optimiser step: ask, or hear the answer, and save if this run is to leave."""
         if trainer.fit_loop._should_accumulate():
             return
-        self._answer(trainer)
-        if not self._leaving:
+        if self._asked is None:
             self._ask()
+        else:
+            self._answer(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave: the last step is logged, and the next start validates."""
@@ -67,6 +69,11 @@ class Preemption(Checkpoint):
         if self._leaving:
             self._leave(trainer)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hear the last answer: a process that ends within a reduction aborts."""
+        if self._asked is not None and self._asked[1] is not None:
+            self._asked[1].wait()
+
     def _ask(self) -> None:
         stop = torch.tensor(int(stop_requested()))
         work = None
@@ -75,8 +82,7 @@ class Preemption(Checkpoint):
         self._asked = stop, work
 
     def _answer(self, trainer: Trainer) -> None:
-        if self._asked is None:
-            return
+        assert self._asked is not None
         (stop, work), self._asked = self._asked, None
         if work is not None:
             work.wait()

@@ -41,7 +41,7 @@ MOMENTS = {
     "a step, both ranks, SIGTERM": ({"moment": "step 6", "ranks": (0, 1), "number": signal.SIGTERM}, 7),
     "the step before validation": ({"moment": "step 4", "ranks": (0, 1)}, 5),
     "validation": ({"moment": "validation after step 4", "ranks": (1,)}, 5),
-    "a save": ({"moment": "save of step 5", "ranks": (0,)}, 6),
+    "a save": ({"moment": "save of step 5", "ranks": (0,)}, 7),
     "a rank that becomes slow": ({"moment": "step 6", "ranks": (0,), "slow_rank": 1}, 7),
 }
 
