@@ -230,26 +230,3 @@ def test_every_repeat_resets_and_runs_the_phases_in_order():
     )
     assert calls == ["reset", "a", "b"] * (2 + measure.FEWEST_CALLS)
     assert 0 <= b < 0.02 <= a <= both
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_memory_on_a_gpu(tmp_path):
-    sizes = ["--batch", "4", "--length", "1024", "--d_model", "1024", "--d_h", "64", "--quick"]
-    main([*sizes, "--output", str(tmp_path)])
-    rows = {row["peer"]: row for row in read(tmp_path / "layer.csv")}
-    kept = {peer: float(row["kept_mib"]) for peer, row in rows.items() if row["status"] == "ok"}
-    one = 4096 * 2752 * 2 / 2**20  # an intermediate of SwiGLU
-    assert kept["swiglu"] == pytest.approx(4 * one, rel=0.05)
-    assert kept["swiglu_compiled"] == pytest.approx(3 * one, rel=0.05)
-    assert kept["swiglu_compiled_checkpoint"] < 0.1 * one
-    assert kept["flash_mhf_op"] < 0.1 * one
-    assert kept["flash_mhf_compiled"] < kept["swiglu_compiled"] < kept["mhf_unfused"]
-    for row in rows.values():
-        if row["status"] == "ok":
-            assert 8 <= float(row["inference_peak_mib"]) <= float(row["training_peak_mib"])
-            assert 0 < float(row["forward_share"]) < 1.2
-    for row in read(tmp_path / "decode.csv"):
-        assert row["status"] == "ok"
-        assert 0 < float(row["copy_share"]) < 1.2
-    assert json.loads((tmp_path / "environment.json").read_text())["driver"]
