@@ -61,7 +61,7 @@ def weights_mib(file: Path) -> float:
 
 
 def test_the_training_peak_of_a_model_is_its_own(file, tmp_path):
-    """Weights, gradients and AdamW's two averages, and little more with few tokens: not the 256 MiB of the stopwatch."""
+    """Weights, gradients and AdamW's two averages, and little more: not the 256 MiB of the stopwatch."""
     sizes = ["--length", "16", "--tokens", "32", "--quick", "--only", "training", "--modes", "eager"]
     assert model.main([str(file), *sizes, "--output", str(tmp_path / "out")]) == 0
     [row] = read(tmp_path / "out" / "model.csv")
