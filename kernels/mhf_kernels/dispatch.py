@@ -48,6 +48,7 @@ NAMES = ("gluon", "triton", "reference")
 
 # Name to module, in the order in which `auto` tries them. The last one supports everything.
 BACKENDS = {
+    "gluon": "mhf_kernels.gluon_backend",
     "triton": "mhf_kernels.triton_backend",
     "reference": "mhf_kernels.blocked",
 }

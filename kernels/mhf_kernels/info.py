@@ -53,12 +53,13 @@ def main() -> int:
 
 
 def probe(device: torch.device, dtype: torch.dtype, d_h: int) -> Inputs:
-    """Return q, k, u, v, r of a small layer, uninitialised."""
+    """Return q, k, u, v, r of a small layer and of tokens that fill a GPU, uninitialised."""
+    tokens = 32_768
     k, u, v = (torch.empty(1, 1, 64, d_h, device=device, dtype=dtype) for _ in range(3))
     r_dtype = torch.promote_types(dtype, torch.float32)
     q, r = (
-        torch.empty(1, 16, 1, d_h, device=device, dtype=dtype),
-        torch.empty(1, 16, 1, 1, device=device, dtype=r_dtype),
+        torch.empty(1, tokens, 1, d_h, device=device, dtype=dtype),
+        torch.empty(1, tokens, 1, 1, device=device, dtype=r_dtype),
     )
     return q, k, u, v, r
 

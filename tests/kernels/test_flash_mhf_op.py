@@ -163,7 +163,7 @@ def test_backends_that_exist(make_inputs, monkeypatch, backend):
     ("backend", "message"),
     [
         ("cutlass", "MHF_BACKEND=cutlass is unknown; allowed: auto, gluon, triton, reference"),
-        ("gluon", "MHF_BACKEND=gluon is not available here: this version of mhf_kernels has no gluon kernels"),
+        ("gluon", "MHF_BACKEND=gluon is not available here: the gluon kernels run on Hopper GPUs"),
     ],
 )
 def test_backends_that_do_not_exist(make_inputs, monkeypatch, backend, message):
@@ -181,7 +181,7 @@ def test_one_module_and_one_line_add_a_backend(make_inputs, monkeypatch):
 
     module = types.SimpleNamespace(name="gluon", supports=supports, forward=forward, backward=blocked.backward)
     monkeypatch.setitem(sys.modules, "doubling_backend", module)
-    monkeypatch.setattr(dispatch, "BACKENDS", {"gluon": "doubling_backend", **dispatch.BACKENDS})
+    monkeypatch.setattr(dispatch, "BACKENDS", {**dispatch.BACKENDS, "gluon": "doubling_backend"})
     fits, does_not_fit = make_inputs(d_h=8), make_inputs(d_h=4)
     assert torch.equal(flash_mhf(*fits), 2 * blocked.forward(*fits))
     assert torch.equal(flash_mhf(*does_not_fit), blocked.forward(*does_not_fit))

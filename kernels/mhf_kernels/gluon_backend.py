@@ -1,0 +1,317 @@
+"""The `gluon` backend: launches the warp-specialised kernels of `gluon_kernels`. May import torch, triton, siblings.
+
+Inputs that these kernels do not take go to the `triton` backend: `supports` says which, and parts of a backward go
+there one by one. So does everything, with one warning, once a kernel fails to compile: Gluon changes between versions
+of Triton.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental.gluon.language import NVMMASharedLayout
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from mhf_kernels import gluon_kernels, triton_backend
+from mhf_kernels.triton_backend import Grads
+
+T = TypeVar("T")
+
+name = "gluon"
+
+DTYPES = (torch.bfloat16, torch.float16)
+ROWS = 64  # of a warpgroup
+TOKENS = 2 * ROWS  # of a program
+SWIZZLED = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+
+
+@dataclass(frozen=True)
+class Rings:
+    """Tiles of d_ff, and how many of them a program holds.
+
+    Attributes:
+        block_n: columns of d_ff in a tile.
+        ku: buffers for tiles of K and U.
+        v: buffers for tiles of V.
+    """
+
+    block_n: int
+    ku: int
+    v: int
+
+
+# By d_h: what fits into the 227 KiB of a multiprocessor and into 240 registers a thread.
+FORWARD = {64: Rings(128, 3, 3), 128: Rings(64, 3, 3), 256: Rings(64, 2, 1)}
+BACKWARD_TOKENS = {64: Rings(64, 3, 3), 128: Rings(64, 3, 2)}
+BACKWARD_WEIGHTS_D_H = 128
+BACKWARD_WEIGHTS_STAGES = 2
+
+_failure: list[str] = []  # why the kernels cannot be compiled here, once one could not
+
+
+def supports(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> str | None:
+    """Return None where these inputs can run here, else the reason why not."""
+    return _device_refusal(q) or _layout_refusal(q, k, u, v, r)
+
+
+def _device_refusal(q: Tensor) -> str | None:
+    if q.device.type != "cuda" or torch.version.hip is not None or triton_backend.arch(q.device) != "sm_90":
+        return (
+            f"the gluon kernels run on Hopper GPUs (CUDA, compute capability 9.0), not on this {q.device.type} device"
+        )
+    if q.dtype not in DTYPES:
+        return f"the gluon kernels run bfloat16 and float16, not {q.dtype}"
+    return _failure[0] if _failure else None
+
+
+def _layout_refusal(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> str | None:
+    d_e, d_h = k.shape[2:]
+    programs = triton.cdiv(q.shape[0] * q.shape[1], TOKENS) * q.shape[2]
+    if d_h not in FORWARD:
+        reason = f"need d_h to be one of {', '.join(map(str, FORWARD))}; it is {d_h}"
+    elif d_e % ROWS:
+        reason = f"need d_e to be a multiple of {ROWS}; it is {d_e}"
+    elif not all(w.is_contiguous() and w.data_ptr() % 16 == 0 for w in (k, u, v)):
+        reason = "need k, u and v to be contiguous"
+    elif not _is_matrix(q) or not _is_sequence(r):
+        reason = "need q [B, L, H, d_h] to have its heads behind one another, and q and r one distance between tokens"
+    elif programs < _multiprocessors(q.device):
+        reason = f"need a tile of {TOKENS} tokens and a head for each multiprocessor; {programs} do not fill this GPU"
+    else:
+        return None
+    return f"the gluon kernels {reason}"
+
+
+def forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> Tensor:
+    """Compute step 4 of the layer; shapes and dtypes as in `mhf_kernels.flash_mhf`."""
+    return _or_triton(lambda: _forward(q, k, u, v, r), lambda: triton_backend.forward(q, k, u, v, r))
+
+
+def backward(
+    grad_o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    u: Tensor,
+    v: Tensor,
+    r: Tensor,
+    needs_grad: tuple[bool, bool, bool, bool, bool],
+) -> Grads:
+    """Compute the gradients of `forward` from its inputs alone; as in `dispatch.Backend`."""
+
+    def portable(*needed: bool) -> Grads:
+        return triton_backend.backward(grad_o, q, k, u, v, r, (needed[0], needed[1], needed[2], needed[3], needed[4]))
+
+    if not _is_matrix(grad_o):
+        return portable(*needs_grad)
+    need_q, need_k, need_u, need_v, need_r = needs_grad
+    d_h = q.shape[3]
+    dq = dr = dk = du = dv = None
+    if need_q or need_r:
+        if d_h in BACKWARD_TOKENS:
+            dq, dr = _or_triton(
+                lambda: _backward_tokens(grad_o, q, k, u, v, r),
+                lambda: portable(True, False, False, False, True)[::4],
+            )
+        else:
+            dq, _, _, _, dr = portable(need_q, False, False, False, need_r)
+    if need_k or need_u or need_v:
+        if d_h == BACKWARD_WEIGHTS_D_H:
+            dk, du, dv = _or_triton(
+                lambda: _backward_weights(grad_o, q, k, u, v, r, (need_k, need_u, need_v)),
+                lambda: portable(False, need_k, need_u, need_v, False)[1:4],
+            )
+        else:
+            dk, du, dv = portable(False, need_k, need_u, need_v, False)[1:4]
+    return dq if need_q else None, dk, du, dv, dr if need_r else None
+
+
+def _forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> Tensor:
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    r_seq = _sequence(r)
+    rings = _fitting(FORWARD[q.shape[3]], k.shape[2])
+    tokens, heads, group, tiles, tiles_m = _sizes(q, k, rings.block_n)
+    inputs = _tokens(q), *(_rows(w, rings.block_n) for w in (k, u, v)), r_seq, _tokens(o)
+    with torch.cuda.device(q.device):
+        for part in _parts(tiles_m * heads, k.shape[1], q.device):
+            partials = part.workspace(q)
+            gluon_kernels.forward_kernel[part.grid](
+                *inputs, partials, *r_seq.stride()[1:],
+                tokens, group, tiles, tiles_m, part.first, part.subnetworks,
+                **_constants(rings, k), PARTIAL=part.splits > 1, num_warps=4,
+            )  # fmt: skip
+            part.add_up(partials, o, tiles_m)
+    return o
+
+
+def _backward_tokens(grad_o: Tensor, q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    dr = torch.empty_like(r)
+    r_seq, dr_seq = _sequence(r), _sequence(dr)
+    rings = BACKWARD_TOKENS[q.shape[3]]
+    tokens, heads, group, tiles, tiles_m = _sizes(q, k, rings.block_n)
+    inputs = _tokens(q), _tokens(grad_o), *(_rows(w, rings.block_n) for w in (k, u, v)), r_seq, _tokens(dq), dr_seq
+    with torch.cuda.device(q.device):
+        for part in _parts(tiles_m * heads, k.shape[1], q.device):
+            partials = part.workspace(q)
+            gluon_kernels.backward_tokens_kernel[part.grid](
+                *inputs, partials, *r_seq.stride()[1:], *dr_seq.stride()[1:],
+                tokens, group, tiles, tiles_m, part.first, part.subnetworks,
+                **_constants(rings, k), PARTIAL=part.splits > 1, num_warps=4,
+            )  # fmt: skip
+            part.add_up(partials, dq, tiles_m)
+    return dq, dr
+
+
+def _backward_weights(
+    grad_o: Tensor, q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor, needs_grad: tuple[bool, bool, bool]
+) -> list[Tensor | None]:
+    grads = [torch.empty_like(w) if needed else None for w, needed in zip((k, u, v), needs_grad, strict=True)]
+    r_seq = _sequence(r)
+    kuv_heads, subnetworks, d_e, _ = k.shape
+    tokens, _, group, _, tiles_m = _sizes(q, k, ROWS)
+    programs = kuv_heads * subnetworks * d_e // ROWS
+    with torch.cuda.device(q.device):
+        gluon_kernels.backward_weights_kernel[(programs,)](
+            _tokens(q, ROWS), _tokens(grad_o, ROWS), *(_rows(w, ROWS, ROWS) for w in (k, u, v)), r_seq,
+            *grads, *r_seq.stride()[1:],
+            tokens, group, subnetworks * d_e, d_e // ROWS, tiles_m,
+            STAGES=BACKWARD_WEIGHTS_STAGES, FAST=triton_backend.gate() == "fast",
+            NEED_K=needs_grad[0], NEED_U=needs_grad[1], NEED_V=needs_grad[2], num_warps=4,
+        )  # fmt: skip
+    return grads
+
+
+def _or_triton(launch: Callable[[], T], fallback: Callable[[], T]) -> T:
+    """Launch, or, where the kernel cannot be compiled, warn once and take the portable one from now on."""
+    if not _failure:
+        try:
+            return launch()
+        except Exception as error:  # whatever a compiler of another version may raise; nothing has run yet
+            reason = str(error).strip().splitlines() or [""]
+            _failure.append(f"the gluon kernels do not compile with triton {triton.__version__} ({reason[-1]})")
+            warnings.warn(f"mhf_kernels: {_failure[0]}; the triton kernels run instead", stacklevel=2)
+    return fallback()
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of the programs that own a tile of tokens of a head: `first` to `first + programs`.
+
+    Attributes:
+        first: number of the first one.
+        programs: how many.
+        splits: programs that share a tile.
+        subnetworks: that each of those computes.
+    """
+
+    first: int
+    programs: int
+    splits: int
+    subnetworks: int
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Of the launch."""
+        return self.programs, self.splits
+
+    def workspace(self, q: Tensor) -> Tensor | None:
+        """Return memory for the sums of the splits, if there are any."""
+        if self.splits == 1:
+            return None
+        return torch.empty(self.splits, self.programs, TOKENS, q.shape[3], dtype=torch.float32, device=q.device)
+
+    def add_up(self, partials: Tensor | None, o: Tensor, tiles_m: int) -> None:
+        """Write the tiles of these programs into o."""
+        if partials is not None:
+            batch, length, heads, d_h = o.shape
+            gluon_kernels.sum_partials_kernel[(self.programs, TOKENS // gluon_kernels.SUM_ROWS.value)](
+                partials, o, batch * length, heads, tiles_m, self.first, self.splits, D=d_h, num_warps=4
+            )
+
+
+def _parts(programs: int, subnetworks: int, device: torch.device) -> list[Part]:
+    """Cut programs into whole waves, one program on each multiprocessor, and a rest.
+
+    Programs of a rest that would leave half of the multiprocessors idle share their tiles, by sub-networks.
+    """
+    slots = _multiprocessors(device)
+    rest = programs % slots
+    if rest == 0 or slots // rest < 2 or subnetworks == 1:
+        return [Part(0, programs, 1, subnetworks)]
+    each = triton.cdiv(subnetworks, min(slots // rest, subnetworks))
+    tail = Part(programs - rest, rest, triton.cdiv(subnetworks, each), each)
+    return [Part(0, programs - rest, 1, subnetworks), tail] if programs > rest else [tail]
+
+
+def _constants(rings: Rings, k: Tensor) -> dict[str, int | bool]:
+    return {
+        "D": k.shape[3],
+        "BLOCK_N": rings.block_n,
+        "TILES_E": k.shape[2] // rings.block_n,
+        "KU_STAGES": rings.ku,
+        "V_STAGES": rings.v,
+        "FAST": triton_backend.gate() == "fast",
+    }
+
+
+def _sizes(q: Tensor, k: Tensor, block_n: int) -> tuple[int, int, int, int, int]:
+    """Return tokens, heads, heads of a K/U/V head, tiles of d_ff, and tiles of tokens."""
+    batch, length, heads, _ = q.shape
+    tiles = k.shape[1] * k.shape[2] // block_n
+    return batch * length, heads, heads // k.shape[0], tiles, triton.cdiv(batch * length, TOKENS)
+
+
+def _fitting(rings: Rings, d_e: int) -> Rings:
+    """Halve the tile where it does not divide a sub-network."""
+    return rings if d_e % rings.block_n == 0 else Rings(rings.block_n // 2, rings.ku, rings.v)
+
+
+def _is_matrix(x: Tensor) -> bool:
+    """Say whether `[B, L, H, d_h]` lies in memory as rows of `[H * d_h]` at one distance, as TMA reads them."""
+    heads, d_h = x.shape[2:]
+    return (
+        x.stride(3) == 1
+        and (heads == 1 or x.stride(2) == d_h)
+        and _is_sequence(x)
+        and x.data_ptr() % 16 == 0
+        and _row_stride(x) % 8 == 0
+    )
+
+
+def _is_sequence(x: Tensor) -> bool:
+    """Say whether dimensions 0 and 1 can be seen as one."""
+    return x.shape[0] == 1 or x.shape[1] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
+
+
+def _row_stride(x: Tensor) -> int:
+    return x.stride(0) if x.shape[1] == 1 else x.stride(1)
+
+
+def _tokens(x: Tensor, columns: int | None = None) -> TensorDescriptor:
+    """Describe `[B, L, H, d_h]` as `[tokens, H * d_h]`, in blocks of 64 tokens and one head, or fewer columns."""
+    batch, length, heads, d_h = x.shape
+    shape, strides = [batch * length, heads * d_h], [_row_stride(x), 1]
+    return TensorDescriptor(x, shape, strides, [ROWS, columns or d_h], SWIZZLED)
+
+
+def _rows(w: Tensor, block: int, columns: int | None = None) -> TensorDescriptor:
+    """Describe contiguous weights `[H_kuv, E, d_e, d_h]` as `[rows, d_h]`, in blocks of some rows."""
+    d_h = w.shape[3]
+    return TensorDescriptor(w, [w.numel() // d_h, d_h], [d_h, 1], [block, columns or d_h], SWIZZLED)
+
+
+def _sequence(r: Tensor) -> Tensor:
+    """View `[B, L, H, E]` as `[1, B * L, H, E]`."""
+    return r.view(1, r.shape[0] * r.shape[1], *r.shape[2:])
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,566 @@
+"""Warp-specialised kernels of the op for Hopper: device code in Gluon. May import triton and nothing else.
+
+A program has one producer warp, which copies tiles to shared memory by TMA, and two consumer warpgroups, which multiply
+(wgmma). Rings of buffers lie between them; a buffer has a barrier `full` that its copies complete, and a barrier
+`empty` at which its readers arrive. Names of the mathematics are those of `triton_kernels`:
+
+    forward    A = r G N             O += A V
+    backward   dN = r D G            dM = r D N SiLU'(M)      dR += rowsum(D G N)
+               dQ += dM K + dN U     dK += dM^T Q             dU += dN^T Q             dV += A^T dO
+
+Invariants:
+- d_e is a multiple of the tile of d_ff, so that the tiles of one head are consecutive rows of K, U and V.
+- Tokens past the last one are filled with zeros by TMA: SiLU(0) * 0 = 0, so they add nothing, and are not stored.
+- A product that is still running may read its left operand from registers. Each such operand is named in the wait for
+  its product: otherwise ptxas before 13.3 may give its registers to others (triton#9433).
+- There are no branches between products that run (ptxas 12.8 made wrong code of them): what must happen only for some
+  tiles is predicated.
+- Sums are float32, in a fixed order, without atomics: repeats are bitwise equal.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+ROWS: gl.constexpr = gl.constexpr(64)  # of a consumer warpgroup: what one wgmma has
+
+
+@gluon.jit
+def _sigmoid(m, FAST: gl.constexpr):
+    """Return the logistic function of float32 `m`; FAST: by the hardware's tanh, absolute error up to 2^-12."""
+    if FAST:
+        t = gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [0.5 * m], gl.float32, is_pure=True, pack=1)
+        s = 0.5 + 0.5 * t
+    else:
+        s = 1.0 / (1.0 + gl.exp(-m))
+    return s
+
+
+@gluon.jit
+def _opaque_zero(i):
+    """Return 0, as a value that changes with the loop index `i` for all that the compiler knows.
+
+    Added to the index of a buffer that does not change, it keeps the compiler from holding the descriptors of all such
+    buffers in registers, two for each step of each product: it would spill others for them.
+    """
+    return gl.inline_asm_elementwise("mov.b32 $0, 0;", "=r,r", [i], gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _write(acc, buffer, o, partials, row, column, block, PARTIAL: gl.constexpr):
+    """Write the rows of a warpgroup: through shared memory to o, or as they are to block number `block` of partials."""
+    if PARTIAL:
+        rows = gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, acc.type.layout))
+        cols = gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, acc.type.layout))
+        offsets = (block * acc.shape[0] + rows)[:, None].to(gl.int64) * acc.shape[1] + cols[None, :]
+        gl.store(partials + offsets, acc)
+    else:
+        buffer.store(acc.to(buffer.dtype))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(o, [row, column], buffer)
+        tma.store_wait(0)
+
+
+@gluon.jit
+def _ring(STAGES: gl.constexpr, readers: gl.constexpr, fills: gl.constexpr):
+    """Return the barriers `full` and `empty` of a ring of buffers."""
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=fills)
+        mbarrier.init(empty.index(i), count=readers)
+    return full, empty
+
+
+@gluon.jit
+def _forward_consumer(
+    WG: gl.constexpr, tokens, weights, r, r_l, r_e, o, partials, block, start, column, length, tiles,
+    TILES_E: gl.constexpr, FAST: gl.constexpr, PARTIAL: gl.constexpr,
+):  # fmt: skip
+    q_buf, q_full = tokens
+    k_buf, u_buf, v_buf, ku_full, ku_empty, v_full, v_empty = weights
+    D: gl.constexpr = q_buf.shape[2]
+    BLOCK_N: gl.constexpr = k_buf.shape[1]
+    KU_STAGES: gl.constexpr = k_buf.shape[0]
+    V_STAGES: gl.constexpr = v_buf.shape[0]
+    dtype: gl.constexpr = q_buf.dtype
+    score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    out: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    left: gl.constexpr = gl.DotOperandLayout(0, out, 2)
+
+    rows = start + WG * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, score))
+    r_rows = r + rows.to(gl.int64) * r_l
+    inside = rows < length
+    zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, score)
+    acc = gl.zeros([ROWS, D], gl.float32, out)
+
+    q = q_buf.index(WG)
+    mbarrier.wait(q_full, 0)
+    mbarrier.wait(ku_full.index(0), 0)
+    m = warpgroup_mma(q, k_buf.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    n = warpgroup_mma(q, u_buf.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    gate = gl.load(r_rows, mask=inside, other=0.0).to(gl.float32)
+    m, n = warpgroup_mma_wait(0, deps=[m, n])
+    mbarrier.arrive(ku_empty.index(0), count=1)
+    a = gl.convert_layout((m * _sigmoid(m, FAST) * n * gate[:, None]).to(dtype), left)
+
+    # The product with V of one tile runs beside the scores and the gate of the next one.
+    for i in range(1, tiles):
+        ku = i % KU_STAGES
+        mbarrier.wait(ku_full.index(ku), (i // KU_STAGES) & 1)
+        m = warpgroup_mma(q, k_buf.index(ku).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        n = warpgroup_mma(q, u_buf.index(ku).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        gate = gl.load(r_rows + (i // TILES_E).to(gl.int64) * r_e, mask=inside, other=0.0).to(gl.float32)
+        vs = (i - 1) % V_STAGES
+        mbarrier.wait(v_full.index(vs), ((i - 1) // V_STAGES) & 1)
+        acc = warpgroup_mma(a, v_buf.index(vs), acc, is_async=True)
+        m, n = warpgroup_mma_wait(1, deps=[m, n])
+        mbarrier.arrive(ku_empty.index(ku), count=1)
+        following = gl.convert_layout((m * _sigmoid(m, FAST) * n * gate[:, None]).to(dtype), left)
+        acc, a = warpgroup_mma_wait(0, deps=[acc, a])
+        mbarrier.arrive(v_empty.index(vs), count=1)
+        a = following
+
+    vs = (tiles - 1) % V_STAGES
+    mbarrier.wait(v_full.index(vs), ((tiles - 1) // V_STAGES) & 1)
+    acc = warpgroup_mma(a, v_buf.index(vs), acc, is_async=True)
+    acc, a = warpgroup_mma_wait(0, deps=[acc, a])
+    _write(acc, q_buf.index(WG), o, partials, start + WG * ROWS, column, 2 * block + WG, PARTIAL)
+
+
+@gluon.jit
+def _stream_weights(weights, k, u, v, row, tiles):
+    """Copy the tiles of K, U and V from `row` on into their rings; the producer's loop."""
+    k_buf, u_buf, v_buf, ku_full, ku_empty, v_full, v_empty = weights
+    BLOCK_N: gl.constexpr = k_buf.shape[1]
+    D: gl.constexpr = k_buf.shape[2]
+    KU_STAGES: gl.constexpr = k_buf.shape[0]
+    V_STAGES: gl.constexpr = v_buf.shape[0]
+    for i in range(tiles):
+        ku = i % KU_STAGES
+        full = ku_full.index(ku)
+        mbarrier.wait(ku_empty.index(ku), ((i // KU_STAGES) & 1) ^ 1)
+        mbarrier.expect(full, 2 * BLOCK_N * D * 2)
+        tma.async_copy_global_to_shared(k, [row + i * BLOCK_N, 0], full, k_buf.index(ku))
+        tma.async_copy_global_to_shared(u, [row + i * BLOCK_N, 0], full, u_buf.index(ku))
+        vs = i % V_STAGES
+        full = v_full.index(vs)
+        mbarrier.wait(v_empty.index(vs), ((i // V_STAGES) & 1) ^ 1)
+        mbarrier.expect(full, BLOCK_N * D * 2)
+        tma.async_copy_global_to_shared(v, [row + i * BLOCK_N, 0], full, v_buf.index(vs))
+
+
+@gluon.jit
+def _forward_producer(tokens, weights, q, k, u, v, start, column, row, tiles):
+    q_buf, q_full = tokens
+    mbarrier.expect(q_full, 2 * ROWS * q_buf.shape[2] * 2)
+    for half in gl.static_range(2):
+        tma.async_copy_global_to_shared(q, [start + half * ROWS, column], q_full, q_buf.index(half))
+    _stream_weights(weights, k, u, v, row, tiles)
+
+
+@gluon.jit
+def _weight_rings(
+    k, BLOCK_N: gl.constexpr, D: gl.constexpr, KU_STAGES: gl.constexpr, V_STAGES: gl.constexpr
+):  # fmt: skip
+    """Return rings of tiles of K and U, which share barriers, and of V, for two readers each."""
+    k_buf = gl.allocate_shared_memory(k.dtype, [KU_STAGES, BLOCK_N, D], k.layout)
+    u_buf = gl.allocate_shared_memory(k.dtype, [KU_STAGES, BLOCK_N, D], k.layout)
+    v_buf = gl.allocate_shared_memory(k.dtype, [V_STAGES, BLOCK_N, D], k.layout)
+    ku_full, ku_empty = _ring(KU_STAGES, 2, 1)
+    v_full, v_empty = _ring(V_STAGES, 2, 1)
+    return k_buf, u_buf, v_buf, ku_full, ku_empty, v_full, v_empty
+
+
+@gluon.jit
+def forward_kernel(
+    q, k, u, v, r, o, partials, r_l, r_h, r_e,
+    length, group, tiles, tiles_m, first_program, subnetworks,
+    D: gl.constexpr, BLOCK_N: gl.constexpr, TILES_E: gl.constexpr,
+    KU_STAGES: gl.constexpr, V_STAGES: gl.constexpr, FAST: gl.constexpr, PARTIAL: gl.constexpr,
+):  # fmt: skip
+    """Write O of 128 tokens of one head; PARTIAL: what some of its sub-networks add to it, as float32, to partials.
+
+    Grid `(programs, splits)`; a split has `subnetworks` sub-networks. Program p is tile `p % tiles_m` of the tokens of
+    head `p // tiles_m`, so that programs which run together share K, U and V in L2; the grid begins at first_program.
+    q, o: descriptors of `[tokens, heads * D]`; k, u, v: of `[kuv heads * d_ff, D]`; r: `[tokens, heads, E]` by strides;
+    partials: `[splits, programs, 128, D]`. tiles: of d_ff, in one head.
+    """
+    pid = gl.program_id(0) + first_program
+    start = (pid % tiles_m) * (2 * ROWS)
+    head = pid // tiles_m
+    first = gl.program_id(1) * subnetworks
+    block = gl.program_id(1) * gl.num_programs(0) + gl.program_id(0)
+    row = (head // group) * (tiles * BLOCK_N) + first * (TILES_E * BLOCK_N)
+    tiles = gl.minimum(tiles - first * TILES_E, subnetworks * TILES_E)
+    r += head.to(gl.int64) * r_h + first.to(gl.int64) * r_e
+
+    q_buf = gl.allocate_shared_memory(q.dtype, [2, ROWS, D], q.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_full, count=1)
+    weights = _weight_rings(k, BLOCK_N, D, KU_STAGES, V_STAGES)
+    tokens = (q_buf, q_full)
+    fence_async_shared()
+    column = head * D
+    gl.warp_specialize(
+        [
+            (
+                _forward_consumer,
+                (
+                    0, tokens, weights, r, r_l, r_e, o, partials, block, start, column, length, tiles,
+                    TILES_E, FAST, PARTIAL,
+                ),
+            ),
+            (
+                _forward_consumer,
+                (
+                    1, tokens, weights, r, r_l, r_e, o, partials, block, start, column, length, tiles,
+                    TILES_E, FAST, PARTIAL,
+                ),
+            ),
+            (_forward_producer, (tokens, weights, q, k, u, v, start, column, row, tiles)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+@gluon.jit
+def _backward_tokens_consumer(
+    WG: gl.constexpr, tokens, weights, r, r_l, r_e, dq, dr, dr_l, dr_e, partials, block, start, column, length, tiles,
+    TILES_E: gl.constexpr, FAST: gl.constexpr, PARTIAL: gl.constexpr,
+):  # fmt: skip
+    q_buf, g_buf, q_full = tokens
+    k_buf, u_buf, v_buf, ku_full, ku_empty, v_full, v_empty = weights
+    D: gl.constexpr = q_buf.shape[2]
+    BLOCK_N: gl.constexpr = k_buf.shape[1]
+    KU_STAGES: gl.constexpr = k_buf.shape[0]
+    V_STAGES: gl.constexpr = v_buf.shape[0]
+    dtype: gl.constexpr = q_buf.dtype
+    score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    out: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    left: gl.constexpr = gl.DotOperandLayout(0, out, 2)
+
+    rows = start + WG * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, score))
+    r_rows = r + rows.to(gl.int64) * r_l
+    dr_rows = dr + rows.to(gl.int64) * dr_l
+    inside = rows < length
+    zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, score)
+    acc = gl.zeros([ROWS, D], gl.float32, out)
+    dr_sum = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, score))
+
+    q = q_buf.index(WG)
+    g = g_buf.index(WG)
+    mbarrier.wait(q_full, 0)
+    mbarrier.wait(ku_full.index(0), 0)
+    m = warpgroup_mma(q, k_buf.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    n = warpgroup_mma(q, u_buf.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    mbarrier.wait(v_full.index(0), 0)
+    d = warpgroup_mma(g, v_buf.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    gate = gl.load(r_rows, mask=inside, other=0.0).to(gl.float32)
+    m, n, d = warpgroup_mma_wait(0, deps=[m, n, d])
+    mbarrier.arrive(v_empty.index(0), count=1)
+    dm, dn, dr_part = _score_gradients(m, n, d, gate, dtype, left, FAST)
+    dr_sum += dr_part
+    gl.store(dr_rows, dr_sum.to(dr.dtype.element_ty), mask=inside & (TILES_E == 1))
+    if TILES_E == 1:
+        dr_sum = dr_sum * 0
+
+    # The products of one tile that go into dQ run beside the scores and their gradients of the next one.
+    for i in range(1, tiles):
+        zero = _opaque_zero(i)
+        q = q_buf.index(zero + WG)
+        g = g_buf.index(zero + WG)
+        ku = i % KU_STAGES
+        vs = i % V_STAGES
+        before = (i - 1) % KU_STAGES
+        mbarrier.wait(ku_full.index(ku), (i // KU_STAGES) & 1)
+        m = warpgroup_mma(q, k_buf.index(ku).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        n = warpgroup_mma(q, u_buf.index(ku).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        mbarrier.wait(v_full.index(vs), (i // V_STAGES) & 1)
+        d = warpgroup_mma(g, v_buf.index(vs).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        acc = warpgroup_mma(dm, k_buf.index(before), acc, is_async=True)
+        acc = warpgroup_mma(dn, u_buf.index(before), acc, is_async=True)
+        e = i // TILES_E
+        gate = gl.load(r_rows + e.to(gl.int64) * r_e, mask=inside, other=0.0).to(gl.float32)
+        m, n, d = warpgroup_mma_wait(2, deps=[m, n, d])
+        mbarrier.arrive(v_empty.index(vs), count=1)
+        dm_next, dn_next, dr_part = _score_gradients(m, n, d, gate, dtype, left, FAST)
+        acc, dm, dn = warpgroup_mma_wait(0, deps=[acc, dm, dn])
+        mbarrier.arrive(ku_empty.index(before), count=1)
+        dm = dm_next
+        dn = dn_next
+        dr_sum += dr_part
+        last = i % TILES_E == TILES_E - 1
+        gl.store(dr_rows + e.to(gl.int64) * dr_e, dr_sum.to(dr.dtype.element_ty), mask=inside & last)
+        dr_sum = gl.where(last, 0.0, dr_sum)
+
+    before = (tiles - 1) % KU_STAGES
+    acc = warpgroup_mma(dm, k_buf.index(before), acc, is_async=True)
+    acc = warpgroup_mma(dn, u_buf.index(before), acc, is_async=True)
+    acc, dm, dn = warpgroup_mma_wait(0, deps=[acc, dm, dn])
+    _write(acc, q_buf.index(WG), dq, partials, start + WG * ROWS, column, 2 * block + WG, PARTIAL)
+
+
+@gluon.jit
+def _score_gradients(m, n, d, gate, dtype: gl.constexpr, left: gl.constexpr, FAST: gl.constexpr):
+    """Return dM and dN as left operands, and what this tile adds to dR; rows are tokens."""
+    s = _sigmoid(m, FAST)
+    g = m * s
+    dr = gl.sum(d * g * n, axis=1)
+    d = d * gate[:, None]
+    dn = gl.convert_layout((d * g).to(dtype), left)
+    dm = gl.convert_layout((d * n * (s + g * (1.0 - s))).to(dtype), left)
+    return dm, dn, dr
+
+
+@gluon.jit
+def _backward_tokens_producer(tokens, weights, q, grad_o, k, u, v, start, column, row, tiles):
+    q_buf, g_buf, q_full = tokens
+    mbarrier.expect(q_full, 4 * ROWS * q_buf.shape[2] * 2)
+    for half in gl.static_range(2):
+        tma.async_copy_global_to_shared(q, [start + half * ROWS, column], q_full, q_buf.index(half))
+        tma.async_copy_global_to_shared(grad_o, [start + half * ROWS, column], q_full, g_buf.index(half))
+    _stream_weights(weights, k, u, v, row, tiles)
+
+
+@gluon.jit
+def backward_tokens_kernel(
+    q, grad_o, k, u, v, r, dq, dr, partials, r_l, r_h, r_e, dr_l, dr_h, dr_e,
+    length, group, tiles, tiles_m, first_program, subnetworks,
+    D: gl.constexpr, BLOCK_N: gl.constexpr, TILES_E: gl.constexpr,
+    KU_STAGES: gl.constexpr, V_STAGES: gl.constexpr, FAST: gl.constexpr, PARTIAL: gl.constexpr,
+):  # fmt: skip
+    """Write dQ and dR of 128 tokens of one head; all arguments, and partials (of dQ), as in `forward_kernel`."""
+    pid = gl.program_id(0) + first_program
+    start = (pid % tiles_m) * (2 * ROWS)
+    head = pid // tiles_m
+    first = gl.program_id(1) * subnetworks
+    block = gl.program_id(1) * gl.num_programs(0) + gl.program_id(0)
+    row = (head // group) * (tiles * BLOCK_N) + first * (TILES_E * BLOCK_N)
+    tiles = gl.minimum(tiles - first * TILES_E, subnetworks * TILES_E)
+    r += head.to(gl.int64) * r_h + first.to(gl.int64) * r_e
+    dr += head.to(gl.int64) * dr_h + first.to(gl.int64) * dr_e
+
+    q_buf = gl.allocate_shared_memory(q.dtype, [2, ROWS, D], q.layout)
+    g_buf = gl.allocate_shared_memory(q.dtype, [2, ROWS, D], q.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_full, count=1)
+    weights = _weight_rings(k, BLOCK_N, D, KU_STAGES, V_STAGES)
+    tokens = (q_buf, g_buf, q_full)
+    fence_async_shared()
+    column = head * D
+    gl.warp_specialize(
+        [
+            (
+                _backward_tokens_consumer,
+                (
+                    0, tokens, weights, r, r_l, r_e, dq, dr, dr_l, dr_e, partials, block, start, column, length, tiles,
+                    TILES_E, FAST, PARTIAL,
+                ),
+            ),
+            (
+                _backward_tokens_consumer,
+                (
+                    1, tokens, weights, r, r_l, r_e, dq, dr, dr_l, dr_e, partials, block, start, column, length, tiles,
+                    TILES_E, FAST, PARTIAL,
+                ),
+            ),
+            (_backward_tokens_producer, (tokens, weights, q, grad_o, k, u, v, start, column, row, tiles)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+SUM_ROWS: gl.constexpr = gl.constexpr(8)  # of a program of sum_partials_kernel
+
+
+@gluon.jit
+def sum_partials_kernel(partials, o, length, heads, tiles_m, first_program, splits, D: gl.constexpr):
+    """Write into o the sums over splits of `partials [splits, programs, 128, D]`. Grid `(programs, 128 / SUM_ROWS)`."""
+    program = gl.program_id(0)
+    pid = program + first_program
+    layout: gl.constexpr = gl.BlockedLayout([1, D // 32], [1, 32], [4, 1], [1, 0])
+    rows = gl.program_id(1) * SUM_ROWS + gl.arange(0, SUM_ROWS, layout=gl.SliceLayout(1, layout))
+    cols = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
+    total = gl.zeros([SUM_ROWS, D], gl.float32, layout)
+    for split in range(splits):
+        block = (split * gl.num_programs(0) + program).to(gl.int64) * (2 * ROWS)
+        total += gl.load(partials + (block + rows)[:, None] * D + cols[None, :])
+    token = (pid % tiles_m) * (2 * ROWS) + rows
+    offsets = (token.to(gl.int64) * heads + pid // tiles_m)[:, None] * D + cols[None, :]
+    gl.store(o + offsets, total.to(o.dtype.element_ty), mask=(token < length)[:, None])
+
+
+@gluon.jit
+def _backward_weights_consumer(
+    WG: gl.constexpr, weights, tokens, scores, dk, du, dv, row, tiles,
+    FAST: gl.constexpr, NEED_K: gl.constexpr, NEED_U: gl.constexpr, NEED_V: gl.constexpr,
+):  # fmt: skip
+    k_buf, u_buf, v_buf, w_full = weights
+    q_buf, g_buf, r_buf, full, empty = tokens
+    a_buf, dn_buf, dm_buf, a_ready, d_ready = scores
+    STAGES: gl.constexpr = r_buf.shape[0] // 2
+    dtype: gl.constexpr = q_buf.dtype
+    score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    columns: gl.constexpr = gl.SliceLayout(0, score)
+
+    zeros = gl.zeros([ROWS, ROWS], gl.float32, score)
+    dv_acc = gl.zeros([ROWS, ROWS], gl.float32, score)
+    du_acc = gl.zeros([ROWS, ROWS], gl.float32, score)
+    dk_acc = gl.zeros([ROWS, ROWS], gl.float32, score)
+    mbarrier.wait(w_full, 0)
+    for i in range(tiles):
+        zero = _opaque_zero(i)
+        stage = i % STAGES
+        mine = 4 * stage + 2 * WG  # the tokens whose scores this warpgroup computes
+        half = 4 * stage + WG  # the half of d_h whose sums this warpgroup owns
+        mbarrier.wait(full.index(stage), (i // STAGES) & 1)
+        m = warpgroup_mma(k_buf.index(zero), q_buf.index(mine).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        m = warpgroup_mma(k_buf.index(zero + 1), q_buf.index(mine + 1).permute((1, 0)), m, is_async=True)
+        n = warpgroup_mma(u_buf.index(zero), q_buf.index(mine).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        n = warpgroup_mma(u_buf.index(zero + 1), q_buf.index(mine + 1).permute((1, 0)), n, is_async=True)
+        m, n = warpgroup_mma_wait(0, deps=[m, n])
+        d = warpgroup_mma(v_buf.index(zero), g_buf.index(mine).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        d = warpgroup_mma(v_buf.index(zero + 1), g_buf.index(mine + 1).permute((1, 0)), d, is_async=True)
+        gate = r_buf.index(2 * stage + WG).load(columns)
+        s = _sigmoid(m, FAST)
+        g = m * s
+        n = n * gate[None, :]
+        a_buf.index(WG).store((g * n).to(dtype))
+        fence_async_shared()
+        mbarrier.arrive(a_ready, count=1)
+        slope = n * (s + g * (1.0 - s))
+        g = g * gate[None, :]
+        mbarrier.wait(a_ready, i & 1)
+        dv_acc = warpgroup_mma(a_buf.index(zero), g_buf.index(half), dv_acc, is_async=True)
+        dv_acc = warpgroup_mma(a_buf.index(zero + 1), g_buf.index(half + 2), dv_acc, is_async=True)
+        d = warpgroup_mma_wait(2, deps=[d])
+        dn = (d * g).to(dtype)
+        dm = (d * slope).to(dtype)
+        # Both warpgroups have read A when both are past d_ready, and dN and dM of the tile before past a_ready.
+        dv_acc = warpgroup_mma_wait(0, deps=[dv_acc])
+        dn_buf.index(WG).store(dn)
+        dm_buf.index(WG).store(dm)
+        fence_async_shared()
+        mbarrier.arrive(d_ready, count=1)
+        mbarrier.wait(d_ready, i & 1)
+        du_acc = warpgroup_mma(dn_buf.index(zero), q_buf.index(half), du_acc, is_async=True)
+        du_acc = warpgroup_mma(dn_buf.index(zero + 1), q_buf.index(half + 2), du_acc, is_async=True)
+        dk_acc = warpgroup_mma(dm_buf.index(zero), q_buf.index(half), dk_acc, is_async=True)
+        dk_acc = warpgroup_mma(dm_buf.index(zero + 1), q_buf.index(half + 2), dk_acc, is_async=True)
+        du_acc, dk_acc = warpgroup_mma_wait(0, deps=[du_acc, dk_acc])
+        mbarrier.arrive(empty.index(stage), count=1)
+
+    rows = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, score))
+    cols = WG * ROWS + gl.arange(0, ROWS, layout=columns)
+    offsets = rows.to(gl.int64)[:, None] * (2 * ROWS) + cols[None, :]
+    if NEED_K:
+        gl.store(dk + offsets, dk_acc.to(dk.dtype.element_ty))
+    if NEED_U:
+        gl.store(du + offsets, du_acc.to(du.dtype.element_ty))
+    if NEED_V:
+        gl.store(dv + offsets, dv_acc.to(dv.dtype.element_ty))
+
+
+@gluon.jit
+def _backward_weights_producer(
+    weights, tokens, q, grad_o, k, u, v, r, r_l, r_h, length, first_head, tiles_m, row, tiles
+):
+    k_buf, u_buf, v_buf, w_full = weights
+    q_buf, g_buf, r_buf, full, empty = tokens
+    STAGES: gl.constexpr = r_buf.shape[0] // 2
+    mbarrier.expect(w_full, 6 * ROWS * ROWS * 2)
+    for half in gl.static_range(2):
+        tma.async_copy_global_to_shared(k, [row, half * ROWS], w_full, k_buf.index(half))
+        tma.async_copy_global_to_shared(u, [row, half * ROWS], w_full, u_buf.index(half))
+        tma.async_copy_global_to_shared(v, [row, half * ROWS], w_full, v_buf.index(half))
+    token = gl.arange(0, ROWS, layout=gl.BlockedLayout([2], [32], [1], [0]))
+    for i in range(tiles):
+        head = first_head + i // tiles_m
+        start = (i % tiles_m) * (2 * ROWS)
+        stage = i % STAGES
+        bar = full.index(stage)
+        mbarrier.wait(empty.index(stage), ((i // STAGES) & 1) ^ 1)
+        mbarrier.expect(bar, 8 * ROWS * ROWS * 2)
+        for part in gl.static_range(4):
+            at = [start + (part // 2) * ROWS, head * (2 * ROWS) + (part % 2) * ROWS]
+            tma.async_copy_global_to_shared(q, at, bar, q_buf.index(4 * stage + part))
+            tma.async_copy_global_to_shared(grad_o, at, bar, g_buf.index(4 * stage + part))
+        r_head = r + head.to(gl.int64) * r_h
+        for part in gl.static_range(2):
+            rows = start + part * ROWS + token
+            gate = gl.load(r_head + rows.to(gl.int64) * r_l, mask=rows < length, other=0.0)
+            r_buf.index(2 * stage + part).store(gate.to(gl.float32))
+        mbarrier.arrive(bar, count=1)
+
+
+@gluon.jit
+def backward_weights_kernel(
+    q, grad_o, k, u, v, r, dk, du, dv, r_l, r_h, r_e,
+    length, group, d_ff, blocks_e, tiles_m,
+    STAGES: gl.constexpr, FAST: gl.constexpr,
+    NEED_K: gl.constexpr, NEED_U: gl.constexpr, NEED_V: gl.constexpr,
+):  # fmt: skip
+    """Write dK, dU and dV of 64 rows of d_ff, for d_h = 128.
+
+    Grid `(kuv heads * d_ff / 64,)`. A tile has 128 tokens. Each warpgroup computes the scores of half of them, as
+    `[rows of d_ff, tokens]`, and owns the sums of half of d_h; A, dN and dM pass between the two through shared memory.
+    (The sums of one warpgroup for all of d_h would take 192 registers a thread, and leave too few for the scores.) The
+    query heads of one K/U/V head are so many more tiles. blocks_e: blocks of 64 rows in a sub-network. All
+    descriptors have blocks `[64, 64]`.
+    """
+    row = gl.program_id(0) * ROWS
+    kuv = row // d_ff
+    e = ((row % d_ff) // ROWS) // blocks_e
+    tiles = group * tiles_m
+
+    k_buf = gl.allocate_shared_memory(k.dtype, [2, ROWS, ROWS], k.layout)
+    u_buf = gl.allocate_shared_memory(k.dtype, [2, ROWS, ROWS], k.layout)
+    v_buf = gl.allocate_shared_memory(k.dtype, [2, ROWS, ROWS], k.layout)
+    w_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(w_full, count=1)
+    q_buf = gl.allocate_shared_memory(q.dtype, [4 * STAGES, ROWS, ROWS], q.layout)
+    g_buf = gl.allocate_shared_memory(q.dtype, [4 * STAGES, ROWS, ROWS], q.layout)
+    r_buf = gl.allocate_shared_memory(gl.float32, [2 * STAGES, ROWS], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+    full, empty = _ring(STAGES, 2, 2)
+    a_buf = gl.allocate_shared_memory(q.dtype, [2, ROWS, ROWS], q.layout)
+    dn_buf = gl.allocate_shared_memory(q.dtype, [2, ROWS, ROWS], q.layout)
+    dm_buf = gl.allocate_shared_memory(q.dtype, [2, ROWS, ROWS], q.layout)
+    a_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    d_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(a_ready, count=2)
+    mbarrier.init(d_ready, count=2)
+    weights = (k_buf, u_buf, v_buf, w_full)
+    tokens = (q_buf, g_buf, r_buf, full, empty)
+    scores = (a_buf, dn_buf, dm_buf, a_ready, d_ready)
+    fence_async_shared()
+    r += e.to(gl.int64) * r_e
+    gl.warp_specialize(
+        [
+            (
+                _backward_weights_consumer,
+                (0, weights, tokens, scores, dk, du, dv, row, tiles, FAST, NEED_K, NEED_U, NEED_V),
+            ),
+            (
+                _backward_weights_consumer,
+                (1, weights, tokens, scores, dk, du, dv, row, tiles, FAST, NEED_K, NEED_U, NEED_V),
+            ),
+            (
+                _backward_weights_producer,
+                (
+                    weights, tokens, q, grad_o, k, u, v, r, r_l, r_h,
+                    length, kuv * group, tiles_m, row, tiles,
+                ),
+            ),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip

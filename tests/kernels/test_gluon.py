@@ -1,0 +1,69 @@
+"""The Gluon kernels without a GPU: they compile for Hopper and fit its memory, and the cut into waves adds up."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import triton
+from mhf_kernels import gluon_backend, gluon_kernels
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+
+SHARED_MEMORY = 227 * 1024
+PRODUCT = ("q", "grad_o", "k", "u", "v", "o", "dq")
+
+
+def compiled(function, constants, blocks, dtype):
+    signature = {}
+    for name in function.arg_names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in PRODUCT:
+            rows, columns = blocks["tokens" if name in ("q", "grad_o", "o", "dq") else "weights"]
+            signature[name] = f"tensordesc<{dtype}[{rows}, {columns}],{gluon_backend.SWIZZLED!r}>"
+        else:
+            signature[name] = "*fp32" if name in ("r", "dr", "dk", "du", "dv", "partials") else "i32"
+    divisible = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(signature) if signature[n][0] == "*"}
+    source = GluonASTSource(fn=function, signature=signature, constexprs=constants, attrs=divisible)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+
+
+CASES = {
+    **{f"forward-{d_h}": ("forward_kernel", d_h, rings) for d_h, rings in gluon_backend.FORWARD.items()},
+    **{f"tokens-{d_h}": ("backward_tokens_kernel", d_h, rings) for d_h, rings in gluon_backend.BACKWARD_TOKENS.items()},
+    "weights-128": ("backward_weights_kernel", 128, None),
+}
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("case", CASES)
+def test_the_kernels_compile_for_hopper_and_fit(case):
+    name, d_h, rings = CASES[case]
+    if rings is None:
+        constants = {"STAGES": gluon_backend.BACKWARD_WEIGHTS_STAGES, "NEED_K": True, "NEED_U": True, "NEED_V": True}
+        blocks = {"tokens": (64, 64), "weights": (64, 64)}
+    else:
+        constants = {"D": d_h, "BLOCK_N": rings.block_n, "TILES_E": 2, "KU_STAGES": rings.ku, "V_STAGES": rings.v}
+        constants["PARTIAL"] = d_h == 128
+        blocks = {"tokens": (64, d_h), "weights": (rings.block_n, d_h)}
+    dtype = "fp16" if d_h == 64 else "bf16"
+    binary = compiled(getattr(gluon_kernels, name), {**constants, "FAST": d_h != 256}, blocks, dtype)
+    assert 0 < binary.metadata.shared <= SHARED_MEMORY
+    assert binary.asm["cubin"]
+
+
+@pytest.mark.parametrize("programs", [1, 66, 67, 131, 132, 133, 4096, 8192])
+@pytest.mark.parametrize("subnetworks", [1, 3, 22])
+def test_waves_and_rest_make_all_programs_and_subnetworks(monkeypatch, programs, subnetworks):
+    monkeypatch.setattr(gluon_backend, "_multiprocessors", lambda device: 132)
+    parts = gluon_backend._parts(programs, subnetworks, torch.device("cpu"))
+    assert [part.first for part in parts] == [0, parts[0].programs][: len(parts)]
+    assert sum(part.programs for part in parts) == programs
+    for part in parts:
+        assert (part.splits - 1) * part.subnetworks < subnetworks <= part.splits * part.subnetworks
+    if len(parts) == 2:
+        assert parts[0].programs % 132 == 0
+        assert parts[0].splits == 1 < parts[1].splits
+        assert parts[1].programs * parts[1].splits <= 132
