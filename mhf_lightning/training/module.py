@@ -346,6 +346,8 @@ class PretrainModule(LightningModule):
         """Store the architecture as a plain dictionary, and the counters."""
         checkpoint["decoder_config"] = self.decoder.config.to_dict()
         checkpoint["tokens_seen"] = self.tokens_seen
+        # Not under "skipped_steps": DeepSpeed keeps a count of its own by that name among these values.
+        checkpoint["non_finite_steps"] = {"total": self.skipped_steps, "in_a_row": self._skipped_in_a_row}
         checkpoint["initial_validation"] = self.initial_validation
         checkpoint["validated_step"] = self.validated_step
 
@@ -358,6 +360,8 @@ class PretrainModule(LightningModule):
         check_architecture(self.state_dict(), checkpoint["state_dict"])
         check_config(self.decoder.config, checkpoint["decoder_config"])
         self.tokens_seen = checkpoint.get("tokens_seen", 0)
+        skipped = checkpoint.get("non_finite_steps", {"total": 0, "in_a_row": 0})
+        self.skipped_steps, self._skipped_in_a_row = skipped["total"], skipped["in_a_row"]
         self.initial_validation = checkpoint.get("initial_validation", {})
         self.validated_step = checkpoint.get("validated_step", checkpoint["global_step"])
 
