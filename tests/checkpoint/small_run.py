@@ -13,6 +13,7 @@ import sys
 import sysconfig
 import time
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 from mhf_lightning.callbacks.checkpoint import CheckpointConfig, StepCheckpoint
+from mhf_lightning.checkpoint.folder import find_newest_valid, verify
 from mhf_lightning.checkpoint.shards import Reader
 from mhf_lightning.checkpoint.strategy import MHFSingleDevice
 from mhf_lightning.data.datamodule import TokenDataModule
@@ -29,6 +31,7 @@ from mhf_lightning.model import DecoderConfig, FFNConfig
 from mhf_lightning.training.cli import find_checkpoint
 from mhf_lightning.training.module import PretrainModule
 from mhf_lightning.training.optimizer import OptimizerConfig, ScheduleConfig
+from mhf_lightning.training.ranks import data_parallel_ranks
 from mhf_lightning.training.strategies import MHFDDP, MHFFSDP2
 
 ROOT = Path(__file__).parents[2]
@@ -51,6 +54,8 @@ class Run:
     keep: int = 2
     background: bool = True
     validate_every: int = 5  # optimiser steps
+    poisoned: tuple[int, ...] = ()  # steps whose loss is NaN, counted from 1
+    max_skipped_steps: int = 3
     weights: int = 32  # d_model
     stop_at: int | None = None  # end the processes, as cut off, when this step was done and its checkpoint committed
     environment: dict[str, str] = field(default_factory=dict)
@@ -76,11 +81,21 @@ def make_corpus(folder: Path) -> str:
     return str(folder / "data")
 
 
+class Poisoned(PretrainModule):
+    """Spoils the loss of the run's ``poisoned`` steps."""
+
+    poisoned: tuple[int, ...]
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * float("nan") if self.trainer.global_step + 1 in self.poisoned else loss
+
+
 class Log(Callback):
     """Writes what each micro-batch read and what each step's loss was, at once, so that a kill loses nothing."""
 
-    def __init__(self, run: Run, rank: int) -> None:
-        self.run = run
+    def __init__(self, run: Run, rank: int, start: int) -> None:
+        self.run, self.start = run, start
         attempt = len(list(Path(run.folder).glob("attempt-*"))) if rank == 0 else 0
         self.attempt = int(os.environ.get("ATTEMPT", attempt))
         path = Path(run.folder) / f"attempt-{self.attempt}" / f"rank-{rank}"
@@ -91,7 +106,7 @@ class Log(Callback):
         self.file.write(json.dumps(values) + "\n")
 
     def on_train_start(self, trainer, pl_module):
-        self.write(event="start", step=trainer.global_step)
+        self.write(event="start", step=trainer.global_step, expected=self.start)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         loss = trainer.callback_metrics.get("train/loss")
@@ -101,6 +116,9 @@ class Log(Callback):
             event="micro-batch",
             step=done if ended else done + 1,
             loss=float(loss).hex() if ended else None,
+            skipped=pl_module.skipped_steps,
+            replica=data_parallel_ranks(trainer)[0],
+            batch=batch_idx,
             samples=batch["sample_index"].tolist(),
         )
 
@@ -112,13 +130,14 @@ class Log(Callback):
 
     def on_validation_batch_start(self, *_):
         self.write(event="validation")
+        time.sleep(0.02)  # so that a kill can be aimed at a validation
 
     def on_validation_end(self, trainer, pl_module):
         self.write(event="validated", step=trainer.global_step, loss=float(trainer.callback_metrics["val/loss"]).hex())
 
 
-def train(run: Run, rank: int, port: int, ckpt_path: str | None, attempt: int) -> None:
-    """One rank's process."""
+def train(run: Run, rank: int, port: int, ckpt_path: str | None, attempt: int, start: int) -> None:
+    """One rank's process; ``start`` is the step that it should go on from."""
     output = os.open(Path(run.folder, f"output-{attempt}-{rank}"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -138,7 +157,9 @@ def train(run: Run, rank: int, port: int, ckpt_path: str | None, attempt: int) -
         dropout=run.dropout,
     )
     optimizer = OptimizerConfig(lr=1e-2, grad_clip=0.5)
-    module = PretrainModule(decoder, optimizer, ScheduleConfig(warmup_steps=3, total_steps=40), z_loss=1e-4)
+    schedule = ScheduleConfig(warmup_steps=3, total_steps=40)
+    module = Poisoned(decoder, optimizer, schedule, z_loss=1e-4, max_skipped_steps=run.max_skipped_steps)
+    module.poisoned = run.poisoned
     strategy: Any = {
         "single": lambda: MHFSingleDevice("cpu"),
         "ddp": lambda: MHFDDP(process_group_backend="gloo"),
@@ -163,7 +184,7 @@ def train(run: Run, rank: int, port: int, ckpt_path: str | None, attempt: int) -
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        callbacks=[checkpoint, Log(run, rank)],
+        callbacks=[checkpoint, Log(run, rank, start)],
     )
     data = TokenDataModule(run.corpus, micro_batch_size=run.micro_batch, num_workers=run.workers)
     path = find_checkpoint(run.checkpoints) if ckpt_path == "auto" else ckpt_path
@@ -191,6 +212,8 @@ class Started:
 
     def __init__(self, run: Run, ckpt_path: str | None = None) -> None:
         Path(run.folder).mkdir(parents=True, exist_ok=True)
+        path = find_newest_valid(run.checkpoints)[0] if ckpt_path == "auto" else ckpt_path
+        start = 0 if path is None else verify(path).step
         self.run, self.attempt = run, len(list(Path(run.folder).glob("attempt-*")))
         os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])  # the server's own
         context = multiprocessing.get_context("forkserver")
@@ -199,7 +222,8 @@ class Started:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.processes = [
-            context.Process(target=train, args=(run, rank, port, ckpt_path, self.attempt)) for rank in range(run.ranks)
+            context.Process(target=train, args=(run, rank, port, ckpt_path, self.attempt, start))
+            for rank in range(run.ranks)
         ]
         for process in self.processes:
             process.start()
@@ -214,7 +238,7 @@ class Started:
         """What all ranks printed."""
         return "".join(path.read_text() for path in Path(self.run.folder).glob(f"output-{self.attempt}-*"))
 
-    def wait_until(self, condition: Any, seconds: float = 60.0) -> None:
+    def wait_until(self, condition: Any, seconds: float = 180.0) -> None:
         """Return when the condition holds or a process has ended."""
         deadline = time.monotonic() + seconds
         while not condition() and all(process.is_alive() for process in self.processes):
@@ -273,20 +297,24 @@ def validations(attempts: list[list[dict[str, Any]]]) -> dict[int, set[str]]:
 def history(run: Run) -> list[list[int]]:
     """The blocks of each optimiser step of the run as it counts: what an attempt did before the next one took over.
 
-    Asserts that every attempt goes on where a checkpoint left off, without a hole.
+    Asserts that every attempt goes on from the checkpoint that was the newest then, without a hole. (A run that starts
+    again from 0 repeats the same steps, so that nothing else shows it.)
     """
-    steps: dict[int, list[int]] = {}
+    steps: dict[int, dict[tuple[int, int], list[int]]] = {}  # by data-parallel rank and micro-batch
     for events in run.logs():
-        starts = {event["step"] for event in events if event["event"] == "start"}
+        starts = {(event["step"], event["expected"]) for event in events if event["event"] == "start"}
         if not starts:
             continue  # killed before it began
-        (start,) = starts
+        ((start, expected),) = starts
+        assert start == expected
         assert all(step in steps for step in range(1, start + 1))
-        steps = {step: blocks for step, blocks in steps.items() if step <= start}
+        steps = {step: read for step, read in steps.items() if step <= start}
         for event in events:
             if event["event"] == "micro-batch":
-                steps.setdefault(event["step"], []).extend(event["samples"])
-    return [sorted(steps[step]) for step in sorted(steps)]
+                read = steps.setdefault(event["step"], {})
+                samples = read.setdefault((event["replica"], event["batch"]), event["samples"])
+                assert samples == event["samples"]  # on all ranks of a split replica
+    return [sorted(chain(*steps[step].values())) for step in sorted(steps)]
 
 
 def expected_history(run: Run, global_batch: int, steps: int) -> list[list[int]]:

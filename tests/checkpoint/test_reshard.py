@@ -74,6 +74,7 @@ def test_ddp_then_fsdp2_then_tensor_parallel_then_one_process(base, tmp_path):
     go_on(replace(base, stop_at=6, strategy="fsdp2", ranks=2, accumulate=2))
     go_on(replace(base, stop_at=9, strategy="tp", ranks=2))
     go_on(base)
+    assert history(base) == history(whole) == expected_history(base, 8, 12)
     close(losses(base.logs()), losses(whole.logs()), 1e-6)
     for step in (3, 6, 9):  # by DDP, FSDP2, tensor parallelism
         outputs = [tmp_path / f"{name}-{step}.safetensors" for name in ("ours", "whole")]

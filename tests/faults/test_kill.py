@@ -64,7 +64,7 @@ def test_killed_runs_end_as_if_never_killed(uninterrupted, tmp_path):
             run = replace(run, folder=str(tmp_path / f"killed-{generation}"))
     finish(run, ckpt_path="auto")
     compare(run, uninterrupted)
-    assert landed_in_validation >= KILLS // 6
+    assert landed_in_validation >= max(1, KILLS // 6)
 
 
 def compare(run: Run, whole: Run) -> None:
