@@ -1,5 +1,6 @@
 """10 steps against 5 + resume + 5: losses, weights and optimiser bitwise equal."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 from mhf_lightning.callbacks.checkpoint import CheckpointConfig, StepCheckpoint
+from mhf_lightning.checkpoint import strategy
 from mhf_lightning.checkpoint.folder import checkpoints, verify
+from mhf_lightning.checkpoint.shards import Saver
 from mhf_lightning.checkpoint.strategy import MHFSingleDevice
 from mhf_lightning.data.datamodule import TokenDataModule
 from mhf_lightning.training.module import PretrainModule
@@ -59,6 +62,7 @@ def run(
     seed=7,
     extra=None,
     every=5,
+    keep_every=None,
     max_steps=10,
 ):
     seed_everything(seed)
@@ -81,7 +85,11 @@ def run(
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        callbacks=[StepCheckpoint(folder, CheckpointConfig(every)), recorder, *([extra] if extra else [])],
+        callbacks=[
+            StepCheckpoint(folder, CheckpointConfig(every, keep_every_n_steps=keep_every)),
+            recorder,
+            *([extra] if extra else []),
+        ],
     )
     data = TokenDataModule(str(corpus), micro_batch_size=3, num_workers=workers)
     try:
@@ -187,6 +195,33 @@ def test_a_finished_run_keeps_two_checkpoints_and_names_the_newest(corpus, decod
     assert {path.name for path in tmp_path.iterdir()} == {"step-5", "step-10", "latest"}
     assert (tmp_path / "latest").read_text() == "step-10\n"
     assert verify(tmp_path / "step-10").about["consumed_samples"] == 10 * 4 * 3
+
+
+def test_every_nth_checkpoint_is_kept(corpus, decoder_config, tmp_path):
+    run(corpus, decoder_config, tmp_path, 0, every=1, keep_every=4)
+    assert list(checkpoints(tmp_path)) == [10, 9, 8, 4]
+
+
+def test_at_most_one_save_is_in_flight(corpus, decoder_config, tmp_path, monkeypatch):
+    """Saves that take longer than the steps between them."""
+    asked, done, in_flight = [], [], []
+    real_write, real_run = strategy.write, Saver.run
+
+    def slow_write(path, *args):
+        time.sleep(0.2)
+        real_write(path, *args)
+        done.append(path.name)
+
+    def counted_run(saver, work, background):
+        real_run(saver, work, background)
+        asked.append(work)
+        in_flight.append(len(asked) - len(done))
+
+    monkeypatch.setattr(strategy, "write", slow_write)
+    monkeypatch.setattr(Saver, "run", counted_run)
+    run(corpus, decoder_config, tmp_path, 0, every=1)
+    assert done == [f"step-{step}" for step in range(1, 11)]
+    assert in_flight == [1] * 10  # each went on beside training, after the one before it had ended
 
 
 def test_what_no_shape_shows_is_refused_too(corpus, decoder_config, tmp_path):
