@@ -24,7 +24,7 @@ LONG = {
     "zero2": (2, {"strategy": "zero2"}),
     "zero3": (2, {"strategy": "zero3"}),
     "fsdp2_tp": (4, {"strategy": "fsdp2_tp"}),
-    "fsdp2 on 4": (4, {"strategy": "fsdp2"}),
+    **{f"{strategy} on 4": (4, {"strategy": strategy}) for strategy in ("ddp", "fsdp2", "tp", "zero2", "zero3")},
     "compiled fsdp2": (2, {"strategy": "fsdp2", "module": {"compile_blocks": True}}),
     "compiled tp": (
         2,
@@ -34,13 +34,11 @@ LONG = {
 # A few steps each, against a single process with the same model.
 VARIANTS = {
     **{
-        f"fsdp2 {ffn}": {"strategy": "fsdp2", "ffn": ffn}
+        f"{strategy} {ffn}": {"strategy": strategy, "ffn": ffn}
+        for strategy in ("ddp", "fsdp2", "tp", "zero2", "zero3")
         for ffn in ("swiglu", "mh_ffn", "pkv", "gated_swiglu", "dense_moe")
     },
-    **{
-        f"tp {ffn}": {"strategy": "tp", "ffn": ffn}
-        for ffn in ("swiglu", "mh_ffn", "pkv", "gated_swiglu", "dense_moe", "flash_mhf_grouped")
-    },
+    "tp flash_mhf_grouped": {"strategy": "tp", "ffn": "flash_mhf_grouped"},
     "tp grouped queries": {"strategy": "tp", "num_kv_heads": 2},
     "tp untied": {"strategy": "tp", "tie_embeddings": False},
     "zero3 untied": {"strategy": "zero3", "tie_embeddings": False},
@@ -107,7 +105,7 @@ def two(tmp_path_factory) -> Results:
 @pytest.fixture(scope="module")
 def four(tmp_path_factory) -> Results:
     cases = {name: {**case, "steps": STEPS} for name, (world, case) in LONG.items() if world == 4}
-    return run_cases(cases, 4, tmp_path_factory.mktemp("four"))
+    return run_cases(available(cases), 4, tmp_path_factory.mktemp("four"))
 
 
 def check(ranks: Results, name: str, expected: dict, tolerance: float) -> None:

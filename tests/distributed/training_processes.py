@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 Results = list[dict[str, dict[str, Any]]]
 
 
-def run_processes(script: str, orders: Any, world: int, folder: Path, timeout: float = 400) -> Results:
+def run_processes(script: str, orders: Any, world: int, folder: Path, timeout: float = 1200) -> Results:
     """Run ``python SCRIPT ORDERS.json FOLDER`` with torchrun's variables; return what each rank left in its JSON."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "orders.json").write_text(json.dumps(orders))
