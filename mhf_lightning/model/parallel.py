@@ -3,8 +3,9 @@
 Tensor parallelism splits each block twice, attention and feed-forward layer alike: the first projections by column
 (so every rank holds whole heads), everything between by head, the last projection by row. That costs one all-reduce of
 ``[B, L, d_model]`` for each of the two in the forward, and one in the backward. Layers without heads are split by
-column or sub-network. Embedding, head and norms are whole on every rank and computed alike. FlashMHF's op takes
-DTensors by the sharding that ``mhf_kernels`` registers.
+column or sub-network; ``gated_swiglu`` and ``dense_moe``, which normalise their gates over all sub-networks, cost one
+more in the forward and two in the backward. Embedding, head and norms are whole on every rank and computed alike.
+FlashMHF's op takes DTensors by the sharding that ``mhf_kernels`` registers.
 """
 
 from __future__ import annotations
