@@ -18,9 +18,9 @@ EXIT_PREEMPTED = 75  # EX_TEMPFAIL: "try again"; slurm/pretrain.sbatch answers i
 class Preemption(Checkpoint):
     """Saves and leaves when any rank was sent a stop signal (:mod:`mhf_lightning.signals`).
 
-    Ranks agree by a MAX reduction on a CPU group, begun after every second optimiser step and looked at after the next,
-    so that nobody waits for it. A fixed number of steps, because an interval that was chosen by the pace so far would be
-    too long for a rank that becomes slow: SLURM may leave 30 s. The save is on disk before the process leaves.
+    Ranks agree by a MAX reduction on a CPU group, begun after every second optimiser step and looked at after the one
+    that follows, so that nobody waits for it. A fixed number of steps, because an interval chosen by the pace so far
+    would be too long for a rank that becomes slow: SLURM may leave 30 s. The save is on disk before the process leaves.
     Validation that is due after this step is left to the next start, which begins with it; a request during validation
     is seen one step after it.
 
@@ -30,7 +30,9 @@ class Preemption(Checkpoint):
     def __init__(self, checkpoint: StepCheckpoint) -> None:
         self.checkpoint = checkpoint
         self._group: Any = None
-        self._asked: tuple[torch.Tensor, Any] | None = None  # the reduction that is under way
+        self._stop = torch.tensor(0)  # whether any rank is to stop, as far as this one knows; kept, as making one takes time
+        self._asked = False  # whether to look at the reduction
+        self._work: Any = None
         self._leaving = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -49,10 +51,10 @@ class Preemption(Checkpoint):
         """After an optimiser step: ask, or hear the answer, and save if this run is to leave."""
         if trainer.fit_loop._should_accumulate():
             return
-        if self._asked is None:
-            self._ask()
-        else:
+        if self._asked:
             self._answer(trainer)
+        else:
+            self._ask()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave: the last step is logged, and the next start validates."""
@@ -60,8 +62,9 @@ class Preemption(Checkpoint):
             self._leave(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Ask anew: validation takes long. Nothing is lost with the old answer, a signal stays pending."""
+        """Ask anew: validation takes long."""
         if not trainer.sanity_checking:
+            self._wait()
             self._ask()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
@@ -71,23 +74,25 @@ class Preemption(Checkpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hear the last answer: a process that ends within a reduction aborts."""
-        if self._asked is not None and self._asked[1] is not None:
-            self._asked[1].wait()
+        self._wait()
 
     def _ask(self) -> None:
-        stop = torch.tensor(int(stop_requested()))
-        work = None
+        if stop_requested():
+            self._stop.fill_(1)
         if self._group is not None:
-            work = dist.all_reduce(stop, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
-        self._asked = stop, work
+            self._work = dist.all_reduce(self._stop, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._asked = True
+
+    def _wait(self) -> None:
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
 
     def _answer(self, trainer: Trainer) -> None:
-        assert self._asked is not None
-        (stop, work), self._asked = self._asked, None
-        if work is not None:
-            work.wait()
+        self._wait()
+        self._asked = False
         step = trainer.global_step
-        if stop and step < trainer.max_steps:
+        if self._stop and step < trainer.max_steps:
             self._leaving = True
             begun = time.monotonic()
             self.checkpoint.save(trainer)
