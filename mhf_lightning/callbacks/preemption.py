@@ -30,7 +30,7 @@ class Preemption(Checkpoint):
     def __init__(self, checkpoint: StepCheckpoint) -> None:
         self.checkpoint = checkpoint
         self._group: Any = None
-        self._stop = torch.tensor(0)  # whether any rank is to stop, as far as this one knows; kept, as making one takes time
+        self._stop = torch.tensor(0)  # whether any rank was asked; kept, because making one takes half the time
         self._asked = False  # whether to look at the reduction
         self._work: Any = None
         self._leaving = False
