@@ -21,7 +21,7 @@ usage: mhf COMMAND [options]
   mhf test             the same, logged as test
   mhf predict          loss of every validation block, as predictions.jsonl in the run folder
   mhf export           a trained model as one safetensors file, or as a Hugging Face folder
-  mhf import           a Hugging Face folder (ours, or a Llama) as the start of a run
+  mhf import           a Hugging Face folder (ours, a Llama, or the authors') as the start of a run
   mhf generate         continue a prompt with a trained model
   mhf eval             perplexity of texts and tasks of lm-eval, into the run folder
   mhf runs             one line per run of a folder: state, steps, loss, restarts, goodput, last checkpoint

@@ -1,4 +1,4 @@
-"""``mhf export``: a trained model as one safetensors file, or as a Hugging Face folder, from any sharded checkpoint.
+"""``mhf export``: a trained model as one file, or as a folder for others, from any sharded checkpoint.
 
 Imports ``files.py`` and ``trained.py``, and ``mhf_lightning.hf`` for such a folder, when it runs.
 """
@@ -19,13 +19,14 @@ def build_parser() -> SuggestingParser:
     """The options of ``mhf export``."""
     parser = SuggestingParser(prog="mhf export", description="Write a trained model for use elsewhere.")
     parser.add_argument("run", metavar="RUN", type=str, help="Folder of a run, or one of its checkpoints (.../step-N).")
-    parser.add_argument("output", metavar="OUT", type=str, help="full: a .safetensors file; hf: a folder.")
+    parser.add_argument("output", metavar="OUT", type=str, help="full: a .safetensors file; hf, authors: a folder.")
     parser.add_argument(
         "--to",
-        choices=["full", "hf"],
+        choices=["full", "hf", "authors"],
         default="full",
         help="full: all weights in one file, as saved, and the architecture in a .json beside it. hf: a folder for "
-        "transformers, with tokenizer and model card (pip install mhf-lightning[hf]).",
+        "transformers, with tokenizer and model card (pip install mhf-lightning[hf]). authors: a folder with the "
+        "tensors as the paper's authors name them (needs the same).",
     )
     parser.add_argument(
         "--data", type=str | None, default=None, help="hf: dataset with the tokenizer; default that of the run."
@@ -68,16 +69,20 @@ def main(args: list[str]) -> int:
         from mhf_lightning.checkpoint.trained import read_trained
 
         output = Path(options.output)
-        if options.to == "hf":
+        if options.to == "full":
+            trained = read_trained(Path(options.run))
+            export_full(trained, output)
+        else:
             try:
+                from mhf_lightning.hf.authors import export_authors
                 from mhf_lightning.hf.folder import export_hf
             except ImportError as error:
                 raise ValueError(str(error)) from error
             trained = read_trained(Path(options.run))
-            data = Path(options.data) if options.data else None
-            export_hf(trained, output, data=data, dtype=options.dtype, max_shard_size=options.max_shard_size)
-        else:
-            trained = read_trained(Path(options.run))
-            export_full(trained, output)
+            if options.to == "hf":
+                data = Path(options.data) if options.data else None
+                export_hf(trained, output, data=data, dtype=options.dtype, max_shard_size=options.max_shard_size)
+            else:
+                export_authors(trained, output)
         print(f"wrote {trained.checkpoint} to {output}")
     return 0

@@ -2,6 +2,7 @@
 
 - ``model.py``: :class:`FlashMHFConfig`, :class:`FlashMHFForCausalLM`.
 - ``folder.py``: a trained run as a folder for transformers, and such a folder as a start for training.
+- ``llama.py``, ``authors.py``: Llamas, and those of the paper's authors, by their names of tensors.
 - ``card.py``: the model card.
 - ``cli.py``: ``mhf import``; ``mhf export --to hf`` is in ``mhf_lightning/checkpoint/export.py``.
 

@@ -12,8 +12,9 @@ def build_parser() -> SuggestingParser:
     """The options of ``mhf import``."""
     parser = SuggestingParser(
         prog="mhf import",
-        description="Bring a model of transformers into training: one of ours, or a Llama. OUT gets model.safetensors, "
-        "model.yaml for mhf fit --config, and tokenizer.json for mhf data prepare --tokenizer.",
+        description="Bring a model into training: one of ours for transformers, a Llama, or one of the paper's authors "
+        "(a Llama with their FlashMHF module, known by its tensors' names). OUT gets model.safetensors, model.yaml for "
+        "mhf fit --config, and tokenizer.json for mhf data prepare --tokenizer.",
     )
     parser.add_argument("folder", metavar="HF_DIR", type=str, help="Folder with config.json and safetensors.")
     parser.add_argument("output", metavar="OUT", type=str, help="Folder to write.")
@@ -30,7 +31,7 @@ def main(args: list[str]) -> int:
             raise ValueError(str(error)) from error
         config, name = import_hf(Path(options.folder), Path(options.output))
         print(
-            f"wrote a {name} model ({config.ffn.name}, {config.num_layers} layers, d_model {config.d_model}) to "
-            f"{options.output}; train it with mhf fit --config {options.output}/model.yaml"
+            f"read {options.folder} as {name} ({config.ffn.name}, {config.num_layers} layers, d_model "
+            f"{config.d_model}), wrote {options.output}; train it with mhf fit --config {options.output}/model.yaml"
         )
     return 0

@@ -11,30 +11,21 @@ from typing import Any
 
 import torch
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from mhf_lightning.checkpoint.files import write_tensors
 from mhf_lightning.checkpoint.trained import Trained, Vocabulary, read_vocabulary
 from mhf_lightning.data.tokenizer import vocab_size_of
+from mhf_lightning.hf.authors import open_authors, read_authors
 from mhf_lightning.hf.card import model_card
+from mhf_lightning.hf.llama import decoder_config, from_llama
 from mhf_lightning.hf.model import FlashMHFConfig, FlashMHFForCausalLM
-from mhf_lightning.model import Decoder, DecoderConfig, FFNConfig
-
-# What a Llama calls the parts of a decoder with a SwiGLU.
-_LLAMA_NAMES = {
-    r"model\.embed_tokens\.": "embedding.",
-    r"model\.layers\.": "blocks.",
-    r"input_layernorm\.": "attention_norm.",
-    r"post_attention_layernorm\.": "ffn_norm.",
-    r"self_attn\.": "attention.",
-    r"mlp\.(gate|up|down)_proj\.": r"ffn.\1.",
-    r"model\.norm\.": "final_norm.",
-    r"lm_head\.": "head.",
-}
+from mhf_lightning.model import Decoder, DecoderConfig
 
 
 def export_hf(trained: Trained, output: Path, *, data: Path | None, dtype: str, max_shard_size: str) -> None:
@@ -95,11 +86,12 @@ def import_hf(folder: Path, output: Path) -> tuple[DecoderConfig, str]:
     ``output`` gets ``model.safetensors``, ``model.yaml`` and, where the folder has one, ``tokenizer.json``.
 
     Args:
-        folder: Of a FlashMHFForCausalLM, or of a LlamaForCausalLM without biases and with plain rotary embeddings.
+        folder: Of a FlashMHFForCausalLM, of a LlamaForCausalLM without biases and with plain rotary embeddings, or of
+            such a Llama with the FlashMHF module of the paper's authors.
         output: The folder to write.
 
     Returns:
-        The architecture, and the name of the one that was read.
+        The architecture, and what was read, in words.
 
     Raises:
         ValueError: ``output`` exists, or the folder is damaged, of an unknown architecture, or has another tokenizer.
@@ -108,33 +100,25 @@ def import_hf(folder: Path, output: Path) -> tuple[DecoderConfig, str]:
         raise ValueError(f"{output} exists; move it away, or give another OUT")
     about = folder / "config.json"
     try:
-        model_type = json.loads(about.read_text(encoding="utf-8"))["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        content = json.loads(about.read_text(encoding="utf-8"))
+        model_type = content.get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{about} cannot be read ({error!r}); give the folder of a Hugging Face model") from error
-    if model_type not in ("flash_mhf", "llama"):
-        raise ValueError(f"{about} is of the architecture {model_type!r}; known are flash_mhf and llama")
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()  # what transformers warns of is refused here
-    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        source = AutoConfig.from_pretrained(folder, **local)
-        config = source.to_decoder() if isinstance(source, FlashMHFConfig) else _decoder_config(source)
-        _check_tokenizer(folder, config)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", use_safetensors=True, output_loading_info=True, **local
+    if files := open_authors(folder):  # whatever they call it
+        name = "a model of the paper's authors"
+        config, weights = read_authors(folder, files, content)
+    elif model_type in ("flash_mhf", "llama"):
+        name = f"a {model_type} model"
+        config, weights = _read_with_transformers(folder, model_type)
+    else:
+        raise ValueError(
+            f"{about} is of the architecture {model_type!r}; known are flash_mhf and llama, and that of the paper's "
+            "authors by the names of the tensors in model*.safetensors"
         )
-    except (OSError, RuntimeError, TypeError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"{folder} cannot be read as a {model_type} model: {first}") from error
-    model, loading = loaded
-    wrong = sorted(
-        str(name) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in loading[kind]
-    )
-    if wrong:
-        raise ValueError(f"{folder} does not hold the weights that its config.json describes: {', '.join(wrong[:5])}")
-    weights = _named_as_ours(model.state_dict(), model_type)
+    _check_tokenizer(folder, config)
     with torch.device("meta"):
-        Decoder(config).load_state_dict(weights, assign=True)  # names and shapes
+        expected = Decoder(config).state_dict()
+    _check_names(folder, {name for name, _ in _shapes(expected).items() ^ _shapes(weights).items()})
     unfinished = output.with_name(output.name + ".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -142,43 +126,46 @@ def import_hf(folder: Path, output: Path) -> tuple[DecoderConfig, str]:
     decoder = config.to_dict()
     decoder["ffn"] = {key: value for key, value in decoder["ffn"].items() if value is not None}
     start = {"model": {"init_from": os.path.abspath(output / "model.safetensors"), "decoder": decoder}}
-    text = f"# From {folder} ({model_type}), for mhf fit --config\n{yaml.safe_dump(start, sort_keys=False)}"
+    text = f"# From {folder}, {name}, for mhf fit --config\n{yaml.safe_dump(start, sort_keys=False)}"
     (unfinished / "model.yaml").write_text(text, encoding="utf-8")
     if (folder / "tokenizer.json").exists():
         shutil.copyfile(folder / "tokenizer.json", unfinished / "tokenizer.json")
     unfinished.rename(output)
-    return config, model_type
+    return config, name
 
 
-def _decoder_config(source: LlamaConfig) -> DecoderConfig:
-    """Of a Llama.
-
-    Raises:
-        ValueError: It has what the decoder has not.
-    """
-    rope: Any = source.rope_parameters
-    wanted = {
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "head_dim": source.hidden_size // source.num_attention_heads,
-    }
-    other = [f"{key} {getattr(source, key)}" for key, value in wanted.items() if getattr(source, key) != value]
-    if rope.get("rope_type", "default") != "default":
-        other.append(f"rope_type {rope['rope_type']}")
-    if other:
-        raise ValueError(f"this Llama has {', '.join(other)}, which the decoder of this package does not have")
-    return DecoderConfig(
-        vocab_size=source.vocab_size,
-        d_model=source.hidden_size,
-        num_layers=source.num_hidden_layers,
-        num_attention_heads=source.num_attention_heads,
-        num_kv_heads=source.num_key_value_heads,
-        ffn=FFNConfig("swiglu", d_ff=source.intermediate_size),
-        rope_theta=float(rope["rope_theta"]),
-        norm_eps=source.rms_norm_eps,
-        tie_embeddings=source.tie_word_embeddings,
+def _read_with_transformers(folder: Path, model_type: str) -> tuple[DecoderConfig, dict[str, Tensor]]:
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what transformers warns of is refused here
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        source = AutoConfig.from_pretrained(folder, **local)
+        config = source.to_decoder() if isinstance(source, FlashMHFConfig) else decoder_config(source)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", use_safetensors=True, output_loading_info=True, **local
+        )
+    except (OSError, RuntimeError, TypeError, SafetensorError, StrictDataclassError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"{folder} cannot be read as a {model_type} model: {first}") from error
+    model, loading = loaded
+    _check_names(
+        folder,
+        {str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in loading[kind]},
     )
+    weights = model.state_dict()
+    if model_type == "llama":
+        return config, from_llama(weights)
+    return config, {key.removeprefix("model."): tensor for key, tensor in weights.items()}
+
+
+def _check_names(folder: Path, wrong: set[str]) -> None:
+    if wrong:
+        names = ", ".join(sorted(wrong)[:5])
+        raise ValueError(f"{folder} does not hold the weights that its config.json describes: {names}")
+
+
+def _shapes(weights: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in weights.items()}
 
 
 def _check_tokenizer(folder: Path, config: DecoderConfig) -> None:
@@ -193,14 +180,3 @@ def _check_tokenizer(folder: Path, config: DecoderConfig) -> None:
         raise ValueError(
             f"{path} has {tokens} tokens, the model only {config.vocab_size}: it is of another model; remove it"
         )
-
-
-def _named_as_ours(weights: dict[str, Tensor], model_type: str) -> dict[str, Tensor]:
-    if model_type == "flash_mhf":
-        return {name.removeprefix("model."): tensor for name, tensor in weights.items()}
-    renamed = {}
-    for name, tensor in weights.items():
-        for pattern, ours in _LLAMA_NAMES.items():
-            name = re.sub(pattern, ours, name)  # noqa: PLW2901
-        renamed[name] = tensor
-    return renamed

@@ -94,11 +94,12 @@ REFUSED = {
     "scaled positions": (lambda f: edit(f, rope_parameters=SCALED), ["rope_type linear"]),
     "odd heads": (lambda f: edit(f, head_dim=16), ["head_dim 16"]),
     "other sizes": (lambda f: edit(f, hidden_size=64, head_dim=None), ["llama model"]),
+    "no number": (lambda f: edit(f, num_attention_heads="four"), ["cannot be read as a llama model"]),
     "more layers": (lambda f: edit(f, num_hidden_layers=3), ["does not hold the weights", "model.layers.2."]),
     "fewer layers": (lambda f: edit(f, num_hidden_layers=1), ["does not hold the weights", "model.layers.1."]),
     "a weight less": (drop_a_weight, ["model.layers.1.mlp.up_proj.weight"]),
     "pickled weights": (pickle_the_weights, ["cannot be read", "safetensors"]),
-    "cut weights": (lambda f: os.truncate(f / "model.safetensors", 5000), ["cannot be read as a llama model"]),
+    "cut weights": (lambda f: os.truncate(f / "model.safetensors", 5000), ["model.safetensors is damaged"]),
     "no config": (lambda f: (f / "config.json").unlink(), ["config.json cannot be read"]),
     "no JSON": (lambda f: (f / "config.json").write_text("{"), ["config.json cannot be read"]),
 }
