@@ -77,7 +77,7 @@ def test_time_limit_without_notice(job, uninterrupted):
     job.submit()
     job.wait_for_step(3)
     job.ends_in(1)
-    saved = job.report_save("time limit without notice", time.time())
+    saved = job.report_save("time limit without notice, seen by SLURM in up to 30 s", time.time())
     job.restarted()
     job.completes(restarts=1)
     same(job, uninterrupted, saved)
