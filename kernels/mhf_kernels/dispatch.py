@@ -44,21 +44,20 @@ class BackendUnavailableError(ValueError):
     """`MHF_BACKEND` names a backend that does not exist, or that cannot run these inputs."""
 
 
-NAMES = ("gluon", "triton", "reference")
-
 # Name to module, in the order in which `auto` tries them. The last one supports everything.
 BACKENDS = {
     "gluon": "mhf_kernels.gluon_backend",
     "triton": "mhf_kernels.triton_backend",
     "reference": "mhf_kernels.blocked",
 }
+NAMES = tuple(BACKENDS)
 
 
 def select(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> Backend:
     """Return the backend for these inputs, as the environment variable `MHF_BACKEND` says (default `auto`).
 
     Raises:
-        BackendUnavailableError: the named backend is unknown, not part of this version, or does not support the inputs.
+        BackendUnavailableError: the named backend is unknown, or does not support the inputs.
     """
     wanted = os.environ.get("MHF_BACKEND") or "auto"
     if wanted == "auto":
@@ -77,8 +76,6 @@ def select(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> Backend:
 
 def why_not(name: str, q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> str | None:
     """Return None where the backend can run these inputs, else the reason why not."""
-    if name not in BACKENDS:
-        return f"this version of mhf_kernels has no {name} kernels"
     try:
         backend = _load(name)
     except ImportError as error:

@@ -7,7 +7,6 @@ of Triton.
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mhf_kernels import gluon_kernels, triton_backend
-from mhf_kernels.triton_backend import Grads
+from mhf_kernels.triton_backend import Grads, multiprocessors, on
 
 T = TypeVar("T")
 
@@ -82,7 +81,7 @@ def _layout_refusal(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> st
         reason = "need k, u and v to be contiguous"
     elif not _is_matrix(q) or not _is_sequence(r):
         reason = "need q [B, L, H, d_h] to have its heads behind one another, and q and r one distance between tokens"
-    elif programs < _multiprocessors(q.device):
+    elif programs < multiprocessors(q.device):
         reason = f"need a tile of {TOKENS} tokens and a head for each multiprocessor; {programs} do not fill this GPU"
     else:
         return None
@@ -104,31 +103,28 @@ def backward(
     needs_grad: tuple[bool, bool, bool, bool, bool],
 ) -> Grads:
     """Compute the gradients of `forward` from its inputs alone; as in `dispatch.Backend`."""
+    need_q, need_k, need_u, need_v, need_r = needs_grad
+    need_weights = need_k, need_u, need_v
 
-    def portable(*needed: bool) -> Grads:
-        return triton_backend.backward(grad_o, q, k, u, v, r, (needed[0], needed[1], needed[2], needed[3], needed[4]))
+    def portable(needed: tuple[bool, bool, bool, bool, bool]) -> Grads:
+        return triton_backend.backward(grad_o, q, k, u, v, r, needed)
 
     if not _is_matrix(grad_o):
-        return portable(*needs_grad)
-    need_q, need_k, need_u, need_v, need_r = needs_grad
+        return portable(needs_grad)
     d_h = q.shape[3]
     dq = dr = dk = du = dv = None
     if need_q or need_r:
-        if d_h in BACKWARD_TOKENS:
-            dq, dr = _or_triton(
-                lambda: _backward_tokens(grad_o, q, k, u, v, r),
-                lambda: portable(True, False, False, False, True)[::4],
-            )
-        else:
-            dq, _, _, _, dr = portable(need_q, False, False, False, need_r)
-    if need_k or need_u or need_v:
-        if d_h == BACKWARD_WEIGHTS_D_H:
-            dk, du, dv = _or_triton(
-                lambda: _backward_weights(grad_o, q, k, u, v, r, (need_k, need_u, need_v)),
-                lambda: portable(False, need_k, need_u, need_v, False)[1:4],
-            )
-        else:
-            dk, du, dv = portable(False, need_k, need_u, need_v, False)[1:4]
+        dq, dr = _or_triton(
+            lambda: _backward_tokens(grad_o, q, k, u, v, r),
+            lambda: portable((need_q, False, False, False, need_r))[::4],
+            wanted=d_h in BACKWARD_TOKENS,
+        )
+    if any(need_weights):
+        dk, du, dv = _or_triton(
+            lambda: _backward_weights(grad_o, q, k, u, v, r, need_weights),
+            lambda: portable((False, *need_weights, False))[1:4],
+            wanted=d_h == BACKWARD_WEIGHTS_D_H,
+        )
     return dq if need_q else None, dk, du, dv, dr if need_r else None
 
 
@@ -138,7 +134,7 @@ def _forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> Tensor:
     rings = _fitting(FORWARD[q.shape[3]], k.shape[2])
     tokens, heads, group, tiles, tiles_m = _sizes(q, k, rings.block_n)
     inputs = _tokens(q), *(_rows(w, rings.block_n) for w in (k, u, v)), r_seq, _tokens(o)
-    with torch.cuda.device(q.device):
+    with on(q.device):
         for part in _parts(tiles_m * heads, k.shape[1], q.device):
             partials = part.workspace(q)
             gluon_kernels.forward_kernel[part.grid](
@@ -157,7 +153,7 @@ def _backward_tokens(grad_o: Tensor, q: Tensor, k: Tensor, u: Tensor, v: Tensor,
     rings = BACKWARD_TOKENS[q.shape[3]]
     tokens, heads, group, tiles, tiles_m = _sizes(q, k, rings.block_n)
     inputs = _tokens(q), _tokens(grad_o), *(_rows(w, rings.block_n) for w in (k, u, v)), r_seq, _tokens(dq), dr_seq
-    with torch.cuda.device(q.device):
+    with on(q.device):
         for part in _parts(tiles_m * heads, k.shape[1], q.device):
             partials = part.workspace(q)
             gluon_kernels.backward_tokens_kernel[part.grid](
@@ -177,7 +173,7 @@ def _backward_weights(
     kuv_heads, subnetworks, d_e, _ = k.shape
     tokens, _, group, _, tiles_m = _sizes(q, k, ROWS)
     programs = kuv_heads * subnetworks * d_e // ROWS
-    with torch.cuda.device(q.device):
+    with on(q.device):
         gluon_kernels.backward_weights_kernel[(programs,)](
             _tokens(q, ROWS), _tokens(grad_o, ROWS), *(_rows(w, ROWS, ROWS) for w in (k, u, v)), r_seq,
             *grads, *r_seq.stride()[1:],
@@ -188,11 +184,13 @@ def _backward_weights(
     return grads
 
 
-def _or_triton(launch: Callable[[], T], fallback: Callable[[], T]) -> T:
-    """Launch, or, where the kernel cannot be compiled, warn once and take the portable one from now on."""
-    if not _failure:
+def _or_triton(launch: Callable[[], T], fallback: Callable[[], T], *, wanted: bool = True) -> T:
+    """Launch, or take the portable kernel: where this one is not wanted or, with one warning, cannot be compiled."""
+    if wanted and not _failure:
         try:
             return launch()
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # whatever a compiler of another version may raise; nothing has run yet
             reason = str(error).strip().splitlines() or [""]
             _failure.append(f"the gluon kernels do not compile with triton {triton.__version__} ({reason[-1]})")
@@ -241,7 +239,7 @@ def _parts(programs: int, subnetworks: int, device: torch.device) -> list[Part]:
 
     Programs of a rest that would leave half of the multiprocessors idle share their tiles, by sub-networks.
     """
-    slots = _multiprocessors(device)
+    slots = multiprocessors(device)
     rest = programs % slots
     if rest == 0 or slots // rest < 2 or subnetworks == 1:
         return [Part(0, programs, 1, subnetworks)]
@@ -310,8 +308,3 @@ def _rows(w: Tensor, block: int, columns: int | None = None) -> TensorDescriptor
 def _sequence(r: Tensor) -> Tensor:
     """View `[B, L, H, E]` as `[1, B * L, H, E]`."""
     return r.view(1, r.shape[0] * r.shape[1], *r.shape[2:])
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

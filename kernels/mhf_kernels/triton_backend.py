@@ -83,7 +83,7 @@ def _is_decoding(q: Tensor) -> bool:
     batch, length, heads, _ = q.shape
     tile, _ = tuning.lookup(*_row("forward", q))
     programs = batch * heads * triton.cdiv(length, tile.block_m)
-    return length <= DECODE_TOKENS and programs < tile.programs_per_sm * _multiprocessors(q.device)
+    return length <= DECODE_TOKENS and programs < tile.programs_per_sm * multiprocessors(q.device)
 
 
 def decode_tile(tile: tuning.Tile, q: Tensor) -> tuning.Tile:
@@ -102,7 +102,7 @@ def _forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor, o: Tensor, t
     kuv_heads, subnetworks, d_e, _ = k.shape
     tiles_m = triton.cdiv(length, tile.block_m)
     # Too few tiles of tokens to fill the GPU: several programs share one, each with a part of d_ff.
-    programs, slots = batch * heads * tiles_m, tile.programs_per_sm * _multiprocessors(q.device)
+    programs, slots = batch * heads * tiles_m, tile.programs_per_sm * multiprocessors(q.device)
     tiles = subnetworks * triton.cdiv(d_e, tile.block_n)
     tiles_per_split = min(tiles, triton.cdiv(tiles * programs, slots))
     splits = triton.cdiv(tiles, tiles_per_split)
@@ -201,7 +201,7 @@ def _backward_weights(
     tiles_m = triton.cdiv(length, tile.block_m)
     sequences = batch * (heads // kuv_heads)
     programs = kuv_heads * subnetworks * constants["TILES_E"]
-    slots = tile.programs_per_sm * _multiprocessors(q.device)
+    slots = tile.programs_per_sm * multiprocessors(q.device)
     splits = weight_splits(programs, slots, sequences * tiles_m, tile.block_m)
     tiles_per_split = triton.cdiv(sequences * tiles_m, splits)
     outs = [
@@ -386,7 +386,8 @@ def arch(device: torch.device) -> str:
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """Return how many programs can run at a time, one on each multiprocessor; 1 in the interpreter."""
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count

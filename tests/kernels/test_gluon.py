@@ -57,7 +57,7 @@ def test_the_kernels_compile_for_hopper_and_fit(case):
 @pytest.mark.parametrize("programs", [1, 66, 67, 131, 132, 133, 4096, 8192])
 @pytest.mark.parametrize("subnetworks", [1, 3, 22])
 def test_waves_and_rest_make_all_programs_and_subnetworks(monkeypatch, programs, subnetworks):
-    monkeypatch.setattr(gluon_backend, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(gluon_backend, "multiprocessors", lambda device: 132)
     parts = gluon_backend._parts(programs, subnetworks, torch.device("cpu"))
     assert [part.first for part in parts] == [0, parts[0].programs][: len(parts)]
     assert sum(part.programs for part in parts) == programs
@@ -67,3 +67,14 @@ def test_waves_and_rest_make_all_programs_and_subnetworks(monkeypatch, programs,
         assert parts[0].programs % 132 == 0
         assert parts[0].splits == 1 < parts[1].splits
         assert parts[1].programs * parts[1].splits <= 132
+
+
+def test_running_out_of_memory_is_not_taken_for_a_compiler_that_fails(monkeypatch):
+    def launch():
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(gluon_backend, "_failure", [])
+    with pytest.raises(torch.OutOfMemoryError):
+        gluon_backend._or_triton(launch, lambda: "portable")
+    assert not gluon_backend._failure
+    assert gluon_backend._or_triton(launch, lambda: "portable", wanted=False) == "portable"

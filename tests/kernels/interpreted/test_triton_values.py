@@ -116,7 +116,7 @@ def test_splits_of_d_ff_and_of_tokens(monkeypatch, processors):
     """On a GPU with many multiprocessors, few tokens or few columns are split; the second pass adds them up."""
     launched = []
     split_sum = triton_backend._sum_splits
-    monkeypatch.setattr(triton_backend, "_multiprocessors", lambda device: processors)
+    monkeypatch.setattr(triton_backend, "multiprocessors", lambda device: processors)
     monkeypatch.setattr(triton_backend, "_sum_splits", lambda p, o: (launched.append(p.shape[0]), split_sum(p, o)))
     for shape in [(1, 1, 2, 2, 3, 48, 32), (2, 70, 2, 1, 2, 48, 16), (5, 40, 1, 1, 1, 32, 16)]:
         check(make(shape))
@@ -249,7 +249,7 @@ def test_a_tuned_tile_that_does_not_fit_gives_way_to_the_default(monkeypatch, ro
     name = tuning.key(row, "interpreter", 32, "float32")
     rows = {name: tuning.Tile(16, 128, 4, 2)}
     monkeypatch.setattr(tuning, "table", lambda: rows)
-    monkeypatch.setattr(triton_backend, "_multiprocessors", lambda device: processors)
+    monkeypatch.setattr(triton_backend, "multiprocessors", lambda device: processors)
     monkeypatch.setattr(triton_kernels, kernel, TooLarge(getattr(triton_kernels, kernel), 128))
     with pytest.warns(triton_backend.TileWarning, match=f"{name} does not fit this GPU.*Required: 120000") as warned:
         check(make((1, 20, 2, 2, 2, 48, 32)))
