@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import itertools
-import json
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
@@ -16,7 +14,7 @@ import torch
 
 from mhf_lightning.bench import measure, report
 from mhf_lightning.bench.measure import OutOfMemoryError, Stopwatch
-from mhf_lightning.bench.model import DTYPES, read_model
+from mhf_lightning.bench.model import DTYPES, read_models
 from mhf_lightning.bench.report import Row
 from mhf_lightning.model import Decoder, DecoderConfig, count_parameters
 from mhf_lightning.model.generate import Generation
@@ -67,10 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(args)
     except (ValueError, OSError) as error:
-        _say(f"error: {error}")
+        measure.say(f"error: {error}")
         return 2
     except KeyboardInterrupt:
-        _say("interrupted; generate.csv holds what was measured")
+        measure.say("interrupted; generate.csv holds what was measured")
         return 130
 
 
@@ -85,33 +83,21 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             "--batch and --prompt must be at least 1, --new_tokens at least 2 (the prompt gives the first)"
         )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    modes = args.modes or [mode for mode in MODES if mode != "graph" or device.type == "cuda"]
-    if "graph" in modes and device.type != "cuda":
+    modes = args.modes or [mode for mode in MODES if mode != "graph" or torch.cuda.is_available()]
+    if "graph" in modes and not torch.cuda.is_available():
         raise ValueError("--modes graph needs a GPU; use eager or compiled")
-    models = {path.stem: read_model(path) for path in args.models}
-    if len(models) < len(args.models):
-        raise ValueError("two model files have the same name; the table could not tell them apart")
+    models = read_models(args.models)
     output = args.output or Path(f"runs/bench-generate-{datetime.datetime.now():%Y%m%d-%H%M%S}")
-    for name in ("generate.csv", "environment.json"):
-        if (output / name).exists():
-            raise FileExistsError(f"{output / name} exists; name another --output, or move the old results away")
-    output.mkdir(parents=True, exist_ok=True)
-    stopwatch = Stopwatch(device, QUICK_SECONDS if args.quick else SECONDS)
-    dtype = DTYPES[args.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
-    torch.manual_seed(0)
-    facts = measure.environment(dtype, stopwatch)
-    with (output / "environment.json").open("x") as file:
-        json.dump(facts, file, indent=2)
-    print("\n".join(f"{name}: {value}" for name, value in facts.items()) + "\n", flush=True)
-    about = {name: facts[name] for name in ("device", "dtype", "torch", "triton")}
+    stopwatch, dtype, about = measure.begin(
+        output, ("generate.csv",), DTYPES[args.dtype] if args.dtype else None, QUICK_SECONDS if args.quick else SECONDS
+    )
 
     rows: list[Row] = []
     file_of_rows = report.CsvFile(output / "generate.csv", COLUMNS)
     cases = list(itertools.product(args.batch, models.items(), modes))
     for batch, (name, config), mode in cases:
         started = time.perf_counter()
-        _say(f"[{len(rows) + 1}/{len(cases)}] batch {batch}: {name}, {mode}")
+        measure.say(f"[{len(rows) + 1}/{len(cases)}] batch {batch}: {name}, {mode}")
         row = {
             "model": name,
             "mode": mode,
@@ -121,11 +107,11 @@ def run(args: argparse.Namespace) -> int:
         } | about
         rows.append(row | _measure(config, mode, batch, args.prompt, args.new_tokens, dtype, stopwatch))
         file_of_rows.write(rows[-1])
-        measure.release(device)
-        _say(f"    {rows[-1]['status']}, {time.perf_counter() - started:.1f} s")
+        measure.release(stopwatch.device)
+        measure.say(f"    {rows[-1]['status']}, {time.perf_counter() - started:.1f} s")
     file_of_rows.close()
     print(tables(rows), flush=True)
-    _say(f"results: {output}")
+    measure.say(f"results: {output}")
     return 1 if any(row["status"].startswith("failed") for row in rows) else 0
 
 
@@ -224,7 +210,3 @@ def _speedups(row: Row, point: list[Row]) -> Row:
         for phase in ("prefill", "decode")
         if f"{phase}_ms" in row and f"{phase}_ms" in baseline
     }
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

@@ -6,9 +6,7 @@ import argparse
 import datetime
 import difflib
 import itertools
-import json
 import math
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,10 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         output = args.output or Path(f"runs/bench-layer-{datetime.datetime.now():%Y%m%d-%H%M%S}")
         return run(_points(args), _peers(args.peers), args.dtype, QUICK_SECONDS if args.quick else SECONDS, output)
     except (ValueError, OSError, ImportError) as error:
-        _say(f"error: {error}")
+        measure.say(f"error: {error}")
         return 2
     except KeyboardInterrupt:
-        _say("interrupted; the CSV files hold what was measured")
+        measure.say("interrupted; the CSV files hold what was measured")
         return 130
 
 
@@ -115,25 +113,15 @@ def run(points: list[Sizes], peers: list[Peer], dtype_name: str | None, seconds:
     Raises:
         FileExistsError: the folder holds results already.
     """
-    for name in ("layer.csv", "decode.csv", "environment.json", "layer.png"):
-        if (output / name).exists():
-            raise FileExistsError(f"{output / name} exists; name another --output, or move the old results away")
-    output.mkdir(parents=True, exist_ok=True)
-    stopwatch = Stopwatch(torch.device("cuda" if torch.cuda.is_available() else "cpu"), seconds)
-    dtype = DTYPES[dtype_name or ("float32" if stopwatch.device.type == "cpu" else "bfloat16")]
-    torch.manual_seed(0)
-
-    facts = measure.environment(dtype, stopwatch)
-    with (output / "environment.json").open("x") as file:
-        json.dump(facts, file, indent=2)
-    print("\n".join(f"{name}: {value}" for name, value in facts.items()) + "\n", flush=True)
-    about = {name: facts[name] for name in ("device", "dtype", "torch", "triton")}
+    stopwatch, dtype, about = measure.begin(
+        output, ("layer.csv", "decode.csv", "layer.png"), DTYPES[dtype_name] if dtype_name else None, seconds
+    )
 
     decode_rows: list[Row] = []
     decode_csv = report.CsvFile(output / "decode.csv", report.DECODE_COLUMNS)
     layers = dict.fromkeys((sizes.d_model, sizes.d_h) for sizes in points)
     for (d_model, d_h), tokens in itertools.product(layers, DECODE_TOKENS):
-        _say(f"decoding {tokens} tokens, d_model {d_model}, d_h {d_h}: flash_mhf_op")
+        measure.say(f"decoding {tokens} tokens, d_model {d_model}, d_h {d_h}: flash_mhf_op")
         decode_rows.append(_decode_row(Sizes(tokens, 1, d_model, d_h), dtype, stopwatch) | about)
         decode_csv.write(decode_rows[-1])
         measure.release(stopwatch.device)
@@ -146,11 +134,11 @@ def run(points: list[Sizes], peers: list[Peer], dtype_name: str | None, seconds:
         for peer in peers:
             started = time.perf_counter()
             number = f"[{len(rows) + 1}/{len(points) * len(peers)}]"
-            _say(f"{number} L {sizes.length}, d_model {sizes.d_model}, d_h {sizes.d_h}: {peer.name}")
+            measure.say(f"{number} L {sizes.length}, d_model {sizes.d_model}, d_h {sizes.d_h}: {peer.name}")
             rows.append(_layer_row(peer, sizes, dtype, ceiling, stopwatch) | about)
             layer_csv.write(rows[-1])
             measure.release(stopwatch.device)
-            _say(f"    {rows[-1]['status']}, {time.perf_counter() - started:.1f} s")
+            measure.say(f"    {rows[-1]['status']}, {time.perf_counter() - started:.1f} s")
     layer_csv.close()
 
     print(report.layer_tables(rows), report.decode_table(decode_rows), sep="\n\n", flush=True)
@@ -158,10 +146,10 @@ def run(points: list[Sizes], peers: list[Peer], dtype_name: str | None, seconds:
     try:
         report.plot(output / "layer.csv", output / "layer.png")
     except ImportError:
-        _say(f"{report.PLOT_NEEDS}; then: mhf bench layer --plot_from {output / 'layer.csv'}")
+        measure.say(f"{report.PLOT_NEEDS}; then: mhf bench layer --plot_from {output / 'layer.csv'}")
     except ValueError as error:
-        _say(f"no plot: {error}")
-    _say(f"results: {output}")
+        measure.say(f"no plot: {error}")
+    measure.say(f"results: {output}")
     return 1 if failed else 0
 
 
@@ -278,7 +266,3 @@ def _draw(csv_path: Path, png_path: Path) -> int:
         raise ImportError(report.PLOT_NEEDS) from error
     print(png_path)
     return 0
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

@@ -9,14 +9,18 @@ import datetime
 import gc
 import importlib
 import itertools
+import json
 import math
 import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -200,6 +204,52 @@ def copy_bytes_per_s(stopwatch: Stopwatch) -> float:
     size = 2**25 if stopwatch.device.type == "cpu" else 2**30
     source, target = (torch.zeros(size, dtype=torch.int8, device=stopwatch.device) for _ in range(2))
     return 2 * size / stopwatch.median(lambda: target.copy_(source))
+
+
+class Session(NamedTuple):
+    """What the measurements of one command have in common.
+
+    Attributes:
+        stopwatch: on the GPU where there is one.
+        dtype: of what is measured.
+        about: columns that every row of the results has.
+    """
+
+    stopwatch: Stopwatch
+    dtype: torch.dtype
+    about: dict[str, str]
+
+
+def begin(output: Path, results: Sequence[str], dtype: torch.dtype | None, seconds: float) -> Session:
+    """Make the folder of the results, write and print what the figures depend on, and seed.
+
+    Args:
+        output: the folder.
+        results: files that the command will write there, beside environment.json.
+        dtype: None: bfloat16 on a GPU, float32 on the CPU.
+        seconds: about how long each call may be repeated.
+
+    Raises:
+        FileExistsError: the folder holds results already.
+    """
+    for name in (*results, "environment.json"):
+        if (output / name).exists():
+            raise FileExistsError(f"{output / name} exists; name another --output, or move the old results away")
+    output.mkdir(parents=True, exist_ok=True)
+    stopwatch = Stopwatch(torch.device("cuda" if torch.cuda.is_available() else "cpu"), seconds)
+    if dtype is None:
+        dtype = torch.float32 if stopwatch.device.type == "cpu" else torch.bfloat16
+    torch.manual_seed(0)
+    facts = environment(dtype, stopwatch)
+    with (output / "environment.json").open("x") as file:
+        json.dump(facts, file, indent=2)
+    print("\n".join(f"{name}: {value}" for name, value in facts.items()) + "\n", flush=True)
+    return Session(stopwatch, dtype, {name: facts[name] for name in ("device", "dtype", "torch", "triton")})
+
+
+def say(message: str) -> None:
+    """Report progress or an error to stderr."""
+    print(message, file=sys.stderr, flush=True)
 
 
 def environment(dtype: torch.dtype, stopwatch: Stopwatch) -> dict[str, str]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
-import json
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -107,10 +105,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         return run(args)
     except (ValueError, OSError, ImportError) as error:
-        _say(f"error: {error}")
+        measure.say(f"error: {error}")
         return 2
     except KeyboardInterrupt:
-        _say("interrupted; model.csv holds what was measured")
+        measure.say("interrupted; model.csv holds what was measured")
         return 130
 
 
@@ -128,6 +126,18 @@ def read_model(path: Path) -> DecoderConfig:
         raise ValueError(f"{path} is no model file (see configs/model and configs/paper): {reason}") from error
 
 
+def read_models(paths: Sequence[Path]) -> dict[str, DecoderConfig]:
+    """Return the architectures of model files by the names of the files.
+
+    Raises:
+        ValueError: As `read_model`, or two files have the same name.
+    """
+    models = {path.stem: read_model(path) for path in paths}
+    if len(models) < len(paths):
+        raise ValueError("two model files have the same name; the table could not tell them apart")
+    return models
+
+
 def run(args: argparse.Namespace) -> int:
     """Measure every model in every mode at every length; write model.csv, environment.json, model.png; print tables.
 
@@ -140,23 +150,14 @@ def run(args: argparse.Namespace) -> int:
     for length in args.length:
         if length < 1 or args.tokens % length:
             raise ValueError(f"--length {length} does not divide --tokens {args.tokens}, so there is no whole batch")
-    models = {path.stem: read_model(path) for path in args.models}
-    if len(models) < len(args.models):
-        raise ValueError("two model files have the same name; the table could not tell them apart")
+    models = read_models(args.models)
     output = args.output or Path(f"runs/bench-model-{datetime.datetime.now():%Y%m%d-%H%M%S}")
-    for name in ("model.csv", "environment.json", "model.png"):
-        if (output / name).exists():
-            raise FileExistsError(f"{output / name} exists; name another --output, or move the old results away")
-    output.mkdir(parents=True, exist_ok=True)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    stopwatch = Stopwatch(device, QUICK_SECONDS if args.quick else SECONDS)
-    dtype = DTYPES[args.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
-    torch.manual_seed(0)
-    facts = measure.environment(dtype, stopwatch)
-    with (output / "environment.json").open("x") as file:
-        json.dump(facts, file, indent=2)
-    print("\n".join(f"{name}: {value}" for name, value in facts.items()) + "\n", flush=True)
-    about = {name: facts[name] for name in ("device", "dtype", "torch", "triton")}
+    stopwatch, dtype, about = measure.begin(
+        output,
+        ("model.csv", "model.png"),
+        DTYPES[args.dtype] if args.dtype else None,
+        QUICK_SECONDS if args.quick else SECONDS,
+    )
 
     cases = [
         (length, name, mode)
@@ -172,22 +173,22 @@ def run(args: argparse.Namespace) -> int:
         if length not in ceilings:
             ceilings[length] = measure.gemm_flops_per_s(dtype, stopwatch)
         started = time.perf_counter()
-        _say(f"[{len(rows) + 1}/{len(cases)}] L {length}: {name}, {mode}")
+        measure.say(f"[{len(rows) + 1}/{len(cases)}] L {length}: {name}, {mode}")
         case = _Case(models[name], MODES[mode], args.tokens // length, length, dtype, stopwatch)
         row = {"model": name, "mode": mode} | about | case.row(args.only, ceilings[length])
         rows.append(row)
         file_of_rows.write(row)
-        _say(f"    {row['status']}, {time.perf_counter() - started:.1f} s")
+        measure.say(f"    {row['status']}, {time.perf_counter() - started:.1f} s")
     file_of_rows.close()
 
     print(tables(rows), flush=True)
     try:
         plot(output / "model.csv", output / "model.png")
     except ImportError:
-        _say(f"{report.PLOT_NEEDS}; then: mhf bench model --plot_from {output / 'model.csv'}")
+        measure.say(f"{report.PLOT_NEEDS}; then: mhf bench model --plot_from {output / 'model.csv'}")
     except ValueError as error:
-        _say(f"no plot: {error}")
-    _say(f"results: {output}")
+        measure.say(f"no plot: {error}")
+    measure.say(f"results: {output}")
     return 1 if any("failed in" in row["status"] for row in rows) else 0
 
 
@@ -388,7 +389,3 @@ def plot(csv_path: Path, png_path: Path) -> None:
     )
     with png_path.open("xb") as image:
         figure.savefig(image, format="png", dpi=120)
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
