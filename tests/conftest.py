@@ -11,3 +11,19 @@ def _signal_mask():
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     yield
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@pytest.fixture(scope="session")
+def made_corpus(tmp_path_factory):
+    """A small corpus for the runs of ``made_run.py``."""
+    from made_run import make_corpus
+
+    return make_corpus(tmp_path_factory.mktemp("corpus") / "data")
+
+
+@pytest.fixture
+def made_run(made_corpus, tmp_path):
+    """A run of FlashMHF of which the weights are known."""
+    from made_run import build, make_run
+
+    return make_run(tmp_path / "run", build(), made_corpus)

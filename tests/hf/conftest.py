@@ -1,26 +1,7 @@
-"""The corpus and the runs of tests/generation."""
+"""What is not collected without the extra, and on Python 3.10, which has no transformers that is new enough."""
 
 import sys
-from pathlib import Path
 
-import pytest
 from extras import is_missing
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "generation"))
-# Python 3.10 has no transformers that is new enough.
 collect_ignore_glob = ["test_*.py"] if sys.version_info < (3, 11) or is_missing("transformers") else []
-
-
-@pytest.fixture(scope="session")
-def made_corpus(tmp_path_factory):
-    from made_run import make_corpus
-
-    return make_corpus(tmp_path_factory.mktemp("corpus") / "data")
-
-
-@pytest.fixture
-def made_run(made_corpus, tmp_path):
-    """A run of FlashMHF."""
-    from made_run import build, make_run
-
-    return make_run(tmp_path / "run", build(), made_corpus)
