@@ -205,7 +205,12 @@ def test_a_failing_write_leaves_nothing(tmp_path, corpus, monkeypatch):
 def test_an_interrupted_run_leaves_no_dataset(tmp_path, sent):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "mhf_lightning.data.cli", "prepare", "python-stdlib", "--out", str(out)]
-    process = subprocess.Popen([*command, "--vocab_size=257", "--num_workers=2"], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, "--vocab_size=257", "--num_workers=2"],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     deadline = time.monotonic() + 60
     while not (begun := list(tmp_path.glob(".out.preparing-*/*.arrow"))) and time.monotonic() < deadline:
         assert process.poll() is None, process.stderr.read()
