@@ -28,6 +28,7 @@ from mhf_lightning.data.sources import BadDocuments, Source, read_documents, res
 from mhf_lightning.data.tokenizer import EOS_TOKEN, eos_id_of, load_tokenizer, train_tokenizer, vocab_size_of
 
 DEFAULT_VOCAB_SIZE = 16384
+DEFAULT_VALIDATION_FRACTION = 0.05
 
 
 @dataclass
@@ -41,30 +42,43 @@ class _Scan:
 
 
 class _Corpus:
-    """The inputs and how they are read: the same documents at each reading, or an error."""
+    """The inputs and how they are read: the same documents at each reading, or an error.
 
-    def __init__(self, sources: list[Source], text_key: str, skip_bad: int, validation_fraction: float) -> None:
-        self._sources, self._text_key, self._skip_bad = sources, text_key, skip_bad
+    With `held_out`, those sources are the validation split, and the others the training split.
+    """
+
+    def __init__(
+        self, sources: list[Source], held_out: list[Source], text_key: str, skip_bad: int, validation_fraction: float
+    ) -> None:
+        self._sources, self._held_out, self._text_key, self._skip_bad = sources, held_out, text_key, skip_bad
         self._fraction = validation_fraction
 
     def side(self, digest: bytes) -> str:
         """The split of a document: by its text alone, so that copies of it land on one side."""
         return "validation" if int.from_bytes(digest[:8], "big") < self._fraction * 2**64 else "train"
 
+    def _documents(self, bad: BadDocuments) -> Iterator[tuple[str, str | None]]:
+        """Yield (text, split); the split is None where the text decides."""
+        side = "train" if self._held_out else None
+        for document in read_documents(self._sources, self._text_key, bad):
+            yield document.text, side
+        for document in read_documents(self._held_out, self._text_key, bad):
+            yield document.text, "validation"
+
     def read(self, scan: _Scan, quiet: bool) -> Iterator[tuple[str, str, int]]:
         """Yield (text, split, bytes of UTF-8), leaving out empty documents; fills `scan` as it goes."""
         bad = BadDocuments(self._skip_bad, (lambda message: None) if quiet else (lambda text: say(f"warning: {text}")))
         content = hashlib.sha256()
-        for document in read_documents(self._sources, self._text_key, bad):
-            if not document.text:
+        for text, given in self._documents(bad):
+            if not text:
                 scan.empty += 1
                 continue
-            data = document.text.encode("utf-8")
+            data = text.encode("utf-8")
             digest = hashlib.blake2b(data, digest_size=16).digest()
             content.update(digest)
-            split = self.side(digest)
+            split = given or self.side(digest)
             scan.documents[split] += 1
-            yield document.text, split, len(data)
+            yield text, split, len(data)
         scan.bad, scan.content = bad.count, content.hexdigest()
 
 
@@ -76,7 +90,8 @@ def prepare(
     vocab_size: int | None = None,
     eos_token: str = EOS_TOKEN,
     text_key: str = "text",
-    validation_fraction: float = 0.05,
+    validation_fraction: float | None = None,
+    validation_input: str | None = None,
     skip_bad: int = 0,
     num_workers: int | None = None,
     shard_rows: int = 65536,
@@ -95,7 +110,9 @@ def prepare(
         vocab_size: Size of the trained vocabulary, 257 or more (16384 unless given).
         eos_token: The token that ends each document.
         text_key: The key (jsonl) or column (parquet, Hugging Face) that holds the text.
-        validation_fraction: Share of documents kept for validation, chosen by a hash of their text.
+        validation_fraction: Share of documents kept for validation, chosen by a hash of their text (0.05 unless given).
+        validation_input: An input to validate on, of any kind that inputs may have; the others are all trained on then,
+            and nobody looks for copies between the two.
         skip_bad: How many bad documents (malformed line, missing key, not UTF-8) may be skipped, each with a warning.
         num_workers: Tokenizer processes (one for each core unless given).
         shard_rows: Blocks in a file.
@@ -103,8 +120,12 @@ def prepare(
     Raises:
         DataError: The inputs, the options or the output folder are wrong; nothing was written.
     """
-    _check_options(context_length, tokenizer, vocab_size, validation_fraction, skip_bad, num_workers, shard_rows)
+    if validation_fraction is not None and validation_input is not None:
+        raise DataError("give --validation_fraction (a share of the inputs) or --validation_input, not both.")
+    fraction = DEFAULT_VALIDATION_FRACTION if validation_fraction is None else validation_fraction
+    _check_options(context_length, tokenizer, vocab_size, fraction, skip_bad, num_workers, shard_rows)
     sources = resolve_inputs(inputs)
+    held_out = resolve_inputs([validation_input]) if validation_input is not None else []
     target = Path(out).expanduser().resolve()
     existing = _existing(target)
     given = load_tokenizer(tokenizer, eos_token) if tokenizer is not None else None
@@ -114,10 +135,10 @@ def prepare(
         "context_length": context_length,
         "eos_token": eos_token,
         "tokenizer": hashlib.sha256(given.to_str().encode()).hexdigest() if given else f"byte-level BPE {size}",
-        "validation_fraction": validation_fraction,
+        "validation_fraction": fraction if validation_input is None else None,
         "shard_rows": shard_rows,
     }
-    corpus = _Corpus(sources, text_key, skip_bad, validation_fraction)
+    corpus = _Corpus(sources, held_out, text_key, skip_bad, fraction)
     scan = _Scan()
     if given is not None or existing is not None:
         for _ in _first_pass(corpus, scan, "reading"):
@@ -127,6 +148,8 @@ def prepare(
         used = train_tokenizer(_first_pass(corpus, scan, "reading"), size, eos_token)
         if vocab_size_of(used) < size:
             say(f"warning: the corpus is too small for {size} tokens: the vocabulary has {vocab_size_of(used)}.")
+    if held_out:
+        options["documents"] = scan.documents  # the hash of the content does not tell where the training split ends
     fingerprint = hashlib.sha256(json.dumps([options, scan.content], sort_keys=True).encode()).hexdigest()
     if existing is not None:
         if existing.fingerprint != fingerprint:
@@ -158,7 +181,7 @@ def prepare(
             largest_token_id=largest,
             token_dtype=token_dtype.name,
             fingerprint=fingerprint,
-            inputs=list(inputs),
+            inputs=[*inputs, *([] if validation_input is None else [validation_input])],
             empty_documents=scan.empty,
             bad_documents=scan.bad,
             tokenizer=FileEntry.of(folder / TOKENIZER),
@@ -216,8 +239,8 @@ def _first_pass(corpus: _Corpus, scan: _Scan, title: str) -> Iterator[str]:
         if not scan.documents[split]:
             raise DataError(
                 f"no document fell to {split}: there are {total}, and each goes to one side whole, by a hash of its "
-                "text. Give more documents (a .jsonl with one a line, or several files), or change "
-                "--validation_fraction."
+                "text unless --validation_input is given. Give more documents (a .jsonl with one a line, or several "
+                "files), or change --validation_fraction."
             )
 
 

@@ -76,6 +76,24 @@ def test_validation_fraction(prepared, texts):
     assert share == pytest.approx(0.1, abs=0.05)
 
 
+def test_an_input_of_its_own_is_the_validation_split(tmp_path, texts):
+    train, held_out = (
+        str(write_jsonl(tmp_path / f"{n}.jsonl", part)) for n, part in (("a", texts[:40]), ("b", texts[40:]))
+    )
+    options = {"context_length": 32, "vocab_size": 300, "num_workers": 1}
+    manifest = prepare([train], str(tmp_path / "out"), validation_input=held_out, **options)
+    sizes = {split: manifest.splits[split].text_bytes for split in SPLITS}
+    assert sizes["train"] == sum(len(text.encode()) for text in texts[:40])
+    assert sizes["validation"] == sum(len(text.encode()) for text in texts[40:])
+    assert prepare([train], str(tmp_path / "out"), validation_input=held_out, **options) == manifest  # already there
+    write_jsonl(Path(train), texts[:39])
+    write_jsonl(Path(held_out), texts[39:])  # the same documents in the same order, one of them on the other side
+    with pytest.raises(DataError, match="already holds another dataset"):
+        prepare([train], str(tmp_path / "out"), validation_input=held_out, **options)
+    with pytest.raises(DataError, match="or --validation_input, not both"):
+        prepare([train], str(tmp_path / "no"), validation_input=held_out, validation_fraction=0.1, **options)
+
+
 def test_copies_land_on_one_side(tmp_path, texts):
     prepare([str(write_jsonl(tmp_path / "a.jsonl", texts[:40] * 3))], str(tmp_path / "out"), **OPTIONS)
     sides = []
