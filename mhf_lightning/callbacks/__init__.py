@@ -35,8 +35,10 @@ def is_logging_step(trainer: Trainer) -> bool:
     return ended_a_step and settings.log_every_n_steps > 0 and trainer.global_step % settings.log_every_n_steps == 0
 
 
-def write_points(trainer: Trainer, values: Mapping[str, float]) -> None:
+def write_points(trainer: Trainer, values: Mapping[str, float], step: int | None = None) -> None:
     """Write to all loggers, at the step that Lightning gives ``train/loss`` (that of ``val/loss`` after validation).
+
+    With ``step``, at an earlier one.
 
     Other callbacks find the values in ``trainer.callback_metrics``. Lightning's own ``log`` would reduce each value by
     a collective of its own, and repeat stale ones.
@@ -44,4 +46,4 @@ def write_points(trainer: Trainer, values: Mapping[str, float]) -> None:
     loop: Any = trainer.fit_loop.epoch_loop
     trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
     for logger in trainer.loggers:
-        logger.log_metrics(dict(values), step=loop._batches_that_stepped)
+        logger.log_metrics(dict(values), step=loop._batches_that_stepped if step is None else step)

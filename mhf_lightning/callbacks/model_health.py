@@ -54,6 +54,15 @@ class LossSpikes:
         return above
 
 
+@dataclass
+class _Unwritten:
+    """A logging step of which the point is still to be written."""
+
+    step: int
+    lr: float
+    norms: Tensor | None
+
+
 class ModelHealth(Callback):
     """Logs ``health/*``, and warns of a loss that is far above those before it.
 
@@ -64,15 +73,17 @@ class ModelHealth(Callback):
     average before it; its averages are in the checkpoint.
 
     Costs, at logging steps only: the norms of all gradients once more, a few kernels over ``SAMPLED_WEIGHTS`` elements,
-    and an exchange of two numbers on the CPU. The losses stay on the device until then.
+    and an exchange of two numbers on the CPU. What a logging step leaves behind is read and written while the device
+    runs the next forward; read at once, it would keep the device waiting for the host.
     """
 
     def __init__(self) -> None:
         self.spikes = LossSpikes()
         self._losses: list[tuple[int, Tensor]] = []  # step, and its loss on the device
-        self._highest = 0.0
-        self._groups: dict[str, nn.ParameterList] = {}
+        self._groups: dict[str, list[nn.Parameter]] = {}
         self._ranks: RankTable | None = None
+        self._lr = 0.0
+        self._unwritten: _Unwritten | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: PretrainModule) -> None:  # type: ignore[override]
         """Sort the parameters."""
@@ -81,27 +92,31 @@ class ModelHealth(Callback):
         self._groups = groups(pl_module.decoder)
         self._ranks = RankTable()
 
+    def on_before_backward(self, trainer: Trainer, *_: Any) -> None:
+        """Write what the last logging step left behind: the device has a forward to do meanwhile."""
+        self._write(trainer)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: PretrainModule, optimizer: Any) -> None:  # type: ignore[override]
+        """Remember the learning rate; the schedule changes it before the step is logged."""
+        self._lr = optimizer.param_groups[0]["lr"]
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: PretrainModule, *_: Any) -> None:  # type: ignore[override]
-        """Keep the loss of a step; at logging steps, write."""
+        """Keep the loss of a step; at logging steps, the norms of its gradients too."""
         if trainer.fit_loop._should_accumulate():
             return
         assert pl_module.step_loss is not None
         self._losses.append((trainer.global_step, pl_module.step_loss))
-        if not is_logging_step(trainer):
-            return
-        self._look_for_spikes()
-        values = {"health/loss_spike": self._highest}
-        self._highest = 0.0
-        if any(p.grad is not None for group in self._groups.values() for p in group):
-            logged = trainer.callback_metrics
-            values |= self._grad_norms(float(logged["train/grad_norm"]))
-            optimizer = trainer.optimizers[0]
-            if isinstance(optimizer, torch.optim.AdamW):
-                assert self._ranks is not None
-                squares = squared_norms(optimizer, float(logged["train/lr"]))
-                update, weight = self._ranks.sum(squares.cpu()).sqrt().tolist()
-                values["health/update_to_weight"] = update / weight
-        write_points(trainer, values)
+        if is_logging_step(trainer):
+            loop: Any = trainer.fit_loop.epoch_loop
+            self._unwritten = _Unwritten(loop._batches_that_stepped, self._lr, self._grad_norms(trainer))
+
+    def on_save_checkpoint(self, trainer: Trainer, *_: Any) -> None:
+        """Write what would be missing after a resume from here."""
+        self._write(trainer)
+
+    def on_train_end(self, trainer: Trainer, *_: Any) -> None:
+        """Write the last point."""
+        self._write(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the averages up to now."""
@@ -112,9 +127,40 @@ class ModelHealth(Callback):
         """Go on from stored averages."""
         self.spikes = LossSpikes(**state_dict)
 
-    def _look_for_spikes(self) -> None:
-        if not self._losses:
+    def _grad_norms(self, trainer: Trainer) -> Tensor | None:
+        """Return the norm before clipping and those of the groups after it, on the device; None without gradients."""
+        parts = [ParameterGradients(group) for group in self._groups.values()]
+        if not any(part.parameters for part in parts):
+            return None
+        before = trainer.callback_metrics["train/grad_norm"].double()
+        return torch.stack([before, *(part.norm() for part in parts)])
+
+    def _write(self, trainer: Trainer) -> None:
+        """Read and write the last logging step, once; a wait for the device, and a collective."""
+        left, self._unwritten = self._unwritten, None
+        if left is None:
             return
+        values = {"health/loss_spike": self._look_for_spikes()}
+        if left.norms is not None:
+            optimizer = trainer.optimizers[0]
+            known = [left.norms]
+            if isinstance(optimizer, torch.optim.AdamW):
+                known.append(squared_norms(optimizer, left.lr))
+            before, *read = torch.cat(known).tolist()
+            norms, squares = read[: len(self._groups)], read[len(self._groups) :]
+            scale = before / (math.hypot(*norms) or 1.0)  # clipping has scaled all gradients alike
+            values |= {f"health/grad_norm/{name}": scale * n for name, n in zip(self._groups, norms, strict=True)}
+            if squares:
+                assert self._ranks is not None
+                update, weight = self._ranks.sum(torch.tensor(squares, dtype=torch.float64)).sqrt().tolist()
+                values["health/update_to_weight"] = update / weight
+        write_points(trainer, values, left.step)
+
+    def _look_for_spikes(self) -> float:
+        """Take in the losses since the last look, and return how far the highest is above the average before it."""
+        highest = 0.0
+        if not self._losses:
+            return highest
         steps, losses = zip(*self._losses, strict=True)
         self._losses = []
         for step, loss in zip(steps, torch.stack(losses).tolist(), strict=True):
@@ -122,26 +168,21 @@ class ModelHealth(Callback):
                 continue  # the training module has left this step out, and said so
             average = self.spikes.mean
             above = self.spikes.deviations(loss)
-            self._highest = max(self._highest, above)
+            highest = max(highest, above)
             if above > LossSpikes.THRESHOLD:
                 rank_zero_warn(
                     f"loss spike: {loss:.4f} at step {step} is {above:.1f} standard deviations above the average of "
                     f"{average:.4f}",
                     category=RuntimeWarning,
                 )
-
-    def _grad_norms(self, before_clipping: float) -> dict[str, float]:
-        """Return the norm of each group; the gradients are those after clipping, which scaled all of them alike."""
-        norms = torch.stack([ParameterGradients(group).norm() for group in self._groups.values()]).tolist()
-        scale = before_clipping / (math.hypot(*norms) or 1.0)
-        return {f"health/grad_norm/{name}": scale * norm for name, norm in zip(self._groups, norms, strict=True)}
+        return highest
 
 
-def groups(decoder: nn.Module) -> dict[str, nn.ParameterList]:
+def groups(decoder: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Sort the parameters of a decoder into embedding (with the head), attention, ffn, router and norms."""
-    found: dict[str, nn.ParameterList] = {}
+    found: dict[str, list[nn.Parameter]] = {}
     for name, parameter in decoder.named_parameters():
-        found.setdefault(group_of(name), nn.ParameterList()).append(parameter)
+        found.setdefault(group_of(name), []).append(parameter)
     return found
 
 
@@ -163,7 +204,7 @@ def squared_norms(optimizer: torch.optim.AdamW, lr: float) -> Tensor:
     The update is worked out from the optimiser's state, so nothing has to be kept from before the step.
 
     Args:
-        optimizer: Right after its step.
+        optimizer: After its step; its gradients may be gone.
         lr: The learning rate of that step; a schedule may have changed the optimiser's own by now.
     """
     total = sum(_local(p).numel() for group in optimizer.param_groups for p in group["params"])
@@ -172,7 +213,7 @@ def squared_norms(optimizer: torch.optim.AdamW, lr: float) -> Tensor:
     for group in optimizer.param_groups:
         by_shards: dict[int, list[Tensor]] = {}
         for p in group["params"]:
-            if p.grad is not None:
+            if p in optimizer.state:  # it has been trained
                 by_shards.setdefault(_shards(p), []).append(p)
         for shards, parameters in by_shards.items():
             sums += shards * _squared_norms([(p, optimizer.state[p]) for p in parameters], group, lr, stride)

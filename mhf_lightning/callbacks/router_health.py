@@ -189,10 +189,13 @@ class RouterHealth(Callback):
 
         def placed(value: Tensor) -> Tensor:
             whole = torch.zeros(len(value) * split, *value.shape[1:], dtype=torch.float64)
-            whole[part * len(value) : (part + 1) * len(value)] = value.cpu()
+            whole[part * len(value) : (part + 1) * len(value)] = value
             return whole
 
-        parts = {layer: [placed(value) for value in measured] for layer, measured in health.items()}
+        # One wait for the device, not one for each value.
+        on_device = [value for measured in health.values() for value in measured]
+        on_cpu = iter(torch.cat([value.flatten() for value in on_device]).cpu().split([v.numel() for v in on_device]))
+        parts = {layer: [placed(next(on_cpu).view_as(v)) for v in measured] for layer, measured in health.items()}
         values = [value for whole in parts.values() for value in whole]
         mean = self._ranks.sum(torch.cat([value.flatten() for value in values])) / data_parallel_ranks(trainer)[1]
         pieces = iter(mean.split([value.numel() for value in values]))
@@ -225,17 +228,18 @@ def heat_map(shares: np.ndarray) -> np.ndarray:
     pictures of different steps and layers can be compared; the column at the right is that scale, 8 at its top.
     """
     e = len(shares)
-    cells = np.log2(np.maximum(shares * e, 1e-9))
-    cells = np.kron(cells, np.ones((_CELL, _CELL)))
-    gap = np.full((e * _CELL, _CELL // 2), np.nan)
-    scale = np.linspace(_OCTAVES, -_OCTAVES, e * _CELL)[:, None].repeat(_CELL, axis=1)
-    image = np.concatenate((cells, gap, scale), axis=1)
-    position = (np.clip(image, -_OCTAVES, _OCTAVES) / _OCTAVES + 1) / 2 * (len(_COLOURS) - 1)
-    drawn = np.full((*image.shape, 3), 255.0)
-    known = ~np.isnan(image)
-    for channel in range(3):
-        drawn[known, channel] = np.interp(position[known], np.arange(len(_COLOURS)), _COLOURS[:, channel])
-    return drawn.round().astype(np.uint8)
+    octaves = np.log2(np.maximum(shares * e, 1e-9))
+    cells = _colours(octaves).repeat(_CELL, axis=0).repeat(_CELL, axis=1)
+    gap = np.full((e * _CELL, _CELL // 2, 3), 255, dtype=np.uint8)
+    scale = _colours(np.linspace(_OCTAVES, -_OCTAVES, e * _CELL)[:, None]).repeat(_CELL, axis=1)
+    return np.concatenate((cells, gap, scale), axis=1)
+
+
+def _colours(octaves: np.ndarray) -> np.ndarray:
+    """Return the colours ``[..., 3]`` of shares, given as powers of two of an equal one."""
+    position = (np.clip(octaves, -_OCTAVES, _OCTAVES) / _OCTAVES + 1) / 2 * (len(_COLOURS) - 1)
+    channels = [np.interp(position, np.arange(len(_COLOURS)), column) for column in _COLOURS.T]
+    return np.stack(channels, axis=-1).round().astype(np.uint8)
 
 
 def _local(tensor: Tensor) -> Tensor:

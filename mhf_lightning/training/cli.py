@@ -166,8 +166,9 @@ class MHFCLI(LightningCLI):
             config["plugins"] = [SLURMEnvironment(auto_requeue=False)]  # callbacks/preemption.py does that
         config["default_root_dir"] = config.get("default_root_dir") or str(self.run_dir)
         if config.get("logger") is None and self.subcommand == "fit":
+            # The queue takes what a logging step writes; a full one would make the training wait for the disk.
             config["logger"] = TensorBoardLogger(
-                str(self.run_dir), name="", version="tensorboard", purge_step=self._resumed_step()
+                str(self.run_dir), name="", version="tensorboard", purge_step=self._resumed_step(), max_queue=1000
             )
         elif config.get("logger") is None:
             config["logger"] = False

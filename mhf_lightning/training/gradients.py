@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -27,8 +27,8 @@ class Gradients(Protocol):
 class ParameterGradients:
     """Gradients in ``parameter.grad``: one process, DDP, FSDP2 and tensor parallelism."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.parameters = [p for p in module.parameters() if p.grad is not None]
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self.parameters = [p for p in parameters if p.grad is not None]
 
     def norm(self) -> Tensor:
         """Add up the squares of local parts over the mesh dimensions that split them, which differ by parameter."""

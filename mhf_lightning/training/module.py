@@ -260,7 +260,7 @@ class PretrainModule(LightningModule):
         zero_optimizer = getattr(self.trainer.model, "optimizer", None)  # the model is DeepSpeed's engine, if any
         if hasattr(zero_optimizer, "averaged_gradients"):
             return ZeroGradients(zero_optimizer)
-        return ParameterGradients(self.decoder)
+        return ParameterGradients(self.decoder.parameters())
 
     def _count_skipped(self, loss: Tensor, norm: Tensor, window: list[tuple[Tensor, Tensor]]) -> None:
         self.skipped_steps += 1
