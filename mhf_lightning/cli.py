@@ -29,6 +29,7 @@ usage: mhf COMMAND [options]
   mhf bench layer      time and memory of FlashMHF, SwiGLU and others; table, CSV, plot
   mhf bench generate   speed of reading a prompt and of generating, token by token
   mhf report           compare runs on one HTML page: curves, speed, memory, router, configuration
+  mhf evidence         the project's own comparison of the variants: corpus, list of runs, table
 
   mhf COMMAND --help               all options of a command
   mhf fit --print_config           all options with the values they would have
@@ -50,6 +51,7 @@ COMMANDS = {
     "plan": "mhf_lightning.plan.cli",
     "bench": "mhf_lightning.bench.cli",
     "report": "mhf_lightning.report.cli",
+    "evidence": "mhf_lightning.evidence.cli",
 }
 
 

@@ -170,7 +170,7 @@ def prepare(
         writers = {
             split: BlockWriter(folder, split, context_length, eos_id, token_dtype, shard_rows) for split in SPLITS
         }
-        largest = _second_pass(corpus, scan, used, eos_token, writers, num_workers or _cores())
+        largest = _second_pass(corpus, scan, used, eos_token, writers, num_workers or usable_cores())
         used.save(str(folder / TOKENIZER))
         manifest = Manifest(
             format_version=FORMAT_VERSION,
@@ -270,8 +270,8 @@ def _second_pass(
     return largest
 
 
-def _cores() -> int:
-    """Cores this process may use: SLURM and containers grant fewer than the machine has."""
+def usable_cores() -> int:
+    """Return the number of cores this process may use: SLURM and containers grant fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

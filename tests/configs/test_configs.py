@@ -36,6 +36,7 @@ def fit_parser():
     from lightning.pytorch import Trainer
     from lightning.pytorch.cli import LightningArgumentParser
 
+    from mhf_lightning.callbacks import MonitorConfig
     from mhf_lightning.callbacks.checkpoint import CheckpointConfig
     from mhf_lightning.data.datamodule import TokenDataModule
     from mhf_lightning.training.module import PretrainModule
@@ -45,6 +46,7 @@ def fit_parser():
     parser.add_lightning_class_args(PretrainModule, "model")
     parser.add_lightning_class_args(TokenDataModule, "data")
     parser.add_class_arguments(CheckpointConfig, "checkpoint")
+    parser.add_class_arguments(MonitorConfig, "monitor")
     for key, type_, default in (
         ("run_dir", str, "x"),
         ("sample_prompt", str | None, None),

@@ -1,0 +1,181 @@
+"""The list of runs: what is started when, pieces that continue exactly, what comes back."""
+
+import json
+import signal
+import tarfile
+import time
+
+import pytest
+
+from mhf_lightning.evidence import queue as module
+from mhf_lightning.evidence.queue import PACK, Runner, commit, expected_seconds, read_queue
+from mhf_lightning.report.events import read_events
+
+STEPS = 200
+RECIPE = f"""
+trainer: {{accelerator: cpu, max_steps: {STEPS}, val_check_interval: 50, num_sanity_val_steps: 0, log_every_n_steps: 10,
+          enable_progress_bar: false, limit_val_batches: 2}}
+data: {{path: none, micro_batch_size: 4}}
+model: {{schedule: {{warmup_steps: 10}}}}
+checkpoint: {{every_n_steps: {STEPS}}}
+"""
+MODEL = """
+model:
+  decoder:
+    vocab_size: 16384
+    d_model: 16
+    num_layers: 1
+    num_attention_heads: 2
+    ffn: {name: swiglu, d_ff: 16}
+"""
+HEADER = "size,variant,lr,seed,state,seconds\n"
+
+
+@pytest.fixture
+def queue(tmp_path):
+    """Two equal models under two names."""
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny/recipe.yaml").write_text(RECIPE)
+    for name in ("cut", "whole"):
+        (tmp_path / f"tiny/{name}.yaml").write_text(MODEL)
+    (tmp_path / "queue.csv").write_text(HEADER + "tiny,cut,1e-2,7,,\ntiny,whole,1e-2,7,,\n")
+    return tmp_path / "queue.csv"
+
+
+@pytest.fixture
+def runner(queue, corpus, monkeypatch):
+    monkeypatch.setenv("MHF_COMMIT", "0123456789abcdef")
+    return lambda: Runner(queue, corpus / "data", queue.parent / "runs", queue.parent / "out", [None])
+
+
+def states(queue) -> dict[str, str]:
+    return {row.variant: row.state for row in read_queue(queue)}
+
+
+def test_a_run_cut_into_pieces_ends_like_one_that_was_not(queue, runner, monkeypatch):
+    history = queue.parent / "runs/tiny/cut/lr1e-2-seed7/history.jsonl"
+    clock = time.monotonic
+
+    def time_is_up_after_the_first_steps() -> float:
+        return clock() + 990 * (history.exists() and "progress" in history.read_text())
+
+    monkeypatch.setattr(module.time, "monotonic", time_is_up_after_the_first_steps)
+    assert runner().work(1000.0)
+    monkeypatch.undo()
+    assert states(queue) == {"cut": "cut", "whole": ""}
+    assert read_queue(queue.parent / "out/queue.csv") == read_queue(queue)
+    left = json.loads(history.read_text().splitlines()[-1])
+    assert left["reason"] == "preempted"
+    assert 0 < left["step"] < STEPS
+
+    monkeypatch.setenv("MHF_COMMIT", "0123456789abcdef")
+    assert runner().work(1000.0)
+    assert states(queue) == {"cut": "done", "whole": "done"}
+    with tarfile.open(queue.parent / "out" / PACK) as archive:
+        archive.extractall(queue.parent / "back", filter="data")
+    cut, whole = (read_events(queue.parent / f"back/tiny/{name}/lr1e-2-seed7/tensorboard") for name in ("cut", "whole"))
+    for tag in ("train/loss", "train/grad_norm", "val/loss"):
+        assert cut.scalars[tag].steps == whole.scalars[tag].steps
+        assert cut.scalars[tag].values == whole.scalars[tag].values
+    assert len(whole.scalars["val/loss"].steps) == STEPS // 50
+
+
+HOUR = 3600.0
+
+
+@pytest.fixture
+def listed(tmp_path, corpus, monkeypatch):
+    """A runner of two devices that starts nothing, with a list of rows ``size,variant,state,seconds``."""
+    monkeypatch.setenv("MHF_COMMIT", "0123456789abcdef")
+
+    def make(*rows: str) -> Runner:
+        lines = (row.split(",") for row in rows)
+        text = "".join(
+            f"{size},{variant},1,{n},{state},{took}\n" for n, (size, variant, state, took) in enumerate(lines)
+        )
+        (tmp_path / "queue.csv").write_text(HEADER + text)
+        return Runner(tmp_path / "queue.csv", corpus / "data", tmp_path / "runs", tmp_path / "out", ["0", "1"])
+
+    return make
+
+
+def chosen(runner: Runner, left: float, whole: float = HOUR) -> str | None:
+    row = runner._next([], left, whole)
+    return row and row.variant
+
+
+def test_a_run_starts_where_a_whole_one_fits(listed):
+    runner = listed("a,x,done,100", "a,x,done,120", "a,y,done,50", "b,z,,", "a,x,,", "a,y,,", "a,new,,")
+    assert [expected_seconds(row, runner.rows) for row in runner.rows[3:]] == [0, 120, 50, 120]
+    assert chosen(runner, 10) == "z"  # nobody knows how long it takes
+    runner.rows.pop(3)
+    assert chosen(runner, 121) == "x"
+    assert chosen(runner, 119) == "y"
+    assert chosen(runner, 49) is None
+    assert chosen(runner, 49, whole=60) == "x"  # it fits into no call of this length
+
+
+def test_a_run_that_was_cut_goes_on_where_its_folder_is(listed, tmp_path):
+    runner = listed("a,x,done,100", "a,x2,cut,70", "a,y,failed,3")
+    assert chosen(runner, 10) is None
+    (tmp_path / "runs/a/x2/lr1-seed1/checkpoints").mkdir(parents=True)
+    assert chosen(runner, 10) == "x2"
+
+
+class Ending:
+    """A process that has ended."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+    def poll(self) -> int:
+        return self.code
+
+
+def test_states_by_how_a_process_ends_and_an_end_to_failures(listed, monkeypatch, capfd):
+    runner = listed(*(f"a,run{i},," for i in range(8)))
+    codes = iter([0, 75, -signal.SIGKILL, 1, 2, -signal.SIGSEGV])
+    devices = []
+
+    def start(command, env, stdout, stderr):
+        devices.append(env["CUDA_VISIBLE_DEVICES"])
+        assert env["MHF_COMMIT"] == "0123456789ab"
+        assert env["MHF_COMMAND"].startswith("mhf fit --config ")
+        return Ending(next(codes))
+
+    monkeypatch.setattr(module.subprocess, "Popen", start)
+    assert not runner.work(HOUR)
+    assert [row.state for row in read_queue(runner.queue)] == [
+        "done",
+        "cut",
+        "cut",
+        "failed",
+        "failed",
+        "failed",
+        "",
+        "",
+    ]
+    assert devices == ["0", "1"] * 3
+    assert "a/run4/lr1-seed4: exit code 2" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("size,variant\n", "has the columns"),
+        (HEADER + "a,x,1,1,,\na,x,1,1,done,5\n", "a/x/lr1-seed1 more than once"),
+        (None, "does not exist; give the list"),
+    ],
+)
+def test_a_list_that_cannot_be_worked_off_is_refused(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "queue.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_queue(tmp_path / "queue.csv")
+
+
+def test_without_history_the_commit_must_be_given(tmp_path, monkeypatch):
+    monkeypatch.delenv("MHF_COMMIT", raising=False)
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "queue.py"))
+    with pytest.raises(ValueError, match="set MHF_COMMIT"):
+        commit()
