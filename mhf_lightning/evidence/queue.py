@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -230,7 +231,7 @@ def commit() -> str:
         ValueError: There is neither.
     """
     if "MHF_COMMIT" in os.environ:
-        return os.environ["MHF_COMMIT"][:12]
+        return re.sub(r"^([0-9a-f]{12})[0-9a-f]*", r"\1", os.environ["MHF_COMMIT"])
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         return subprocess.run(

@@ -174,6 +174,11 @@ def test_a_list_that_cannot_be_worked_off_is_refused(tmp_path, text, message):
         read_queue(tmp_path / "queue.csv")
 
 
+def test_the_commit_is_given_or_that_of_the_checkout(monkeypatch):
+    monkeypatch.setenv("MHF_COMMIT", "0123456789abcdef0123456789abcdef01234567-dirty")
+    assert commit() == "0123456789ab-dirty"  # forty digits would be taken for a secret
+
+
 def test_without_history_the_commit_must_be_given(tmp_path, monkeypatch):
     monkeypatch.delenv("MHF_COMMIT", raising=False)
     monkeypatch.setattr(module, "__file__", str(tmp_path / "queue.py"))
