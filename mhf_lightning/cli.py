@@ -28,6 +28,7 @@ usage: mhf COMMAND [options]
   mhf plan             memory per GPU, FLOPs and days of a run, worked out without GPU and data
   mhf bench layer      time and memory of FlashMHF, SwiGLU and others; table, CSV, plot
   mhf bench generate   speed of reading a prompt and of generating, token by token
+  mhf bench scaling    training on several GPUs: speed, memory, parity, checkpoints
   mhf report           compare runs on one HTML page: curves, speed, memory, router, configuration
   mhf evidence         the project's own comparison of the variants: corpus, list of runs, table
 

@@ -1,0 +1,212 @@
+"""What `mhf bench scaling` measures: a case is one training by one strategy on some GPUs. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+# By importance. `single` is the one process that efficiency and parity refer to.
+STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3", "fsdp2_tp")
+DEEPSPEED = ("zero2", "zero3")
+SHARDED = ("single", "ddp", "fsdp2", "fsdp2_tp")  # they read each other's checkpoints
+STAGES = ("preflight", "weak", "parity", "checkpoint", "fixed")
+TENSOR_PARALLEL = 2
+WARMUP = 5
+PARITY_STEPS, PARITY_LAYERS = 50, 4
+CHECKPOINT_STEPS = 1000  # more than it takes to write a checkpoint in the background
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training.
+
+    Attributes:
+        stage: One of `STAGES`.
+        model: Path of the model file.
+        strategy: One of `STRATEGIES`, or ``single``.
+        gpus: Processes, a GPU each.
+        micro_batch: Sequences of a forward pass on each data-parallel rank.
+        accumulate: Forward passes of an optimiser step.
+        length: Tokens of a sequence.
+        steps: Optimiser steps in all.
+        warmup: The first of them, which are not measured.
+        precision: Lightning's name.
+        compiled: Blocks are compiled.
+        layers: Number of blocks; None takes the model's.
+        save_at: Steps after which a checkpoint is saved, and whether in the background.
+        kill: The last rank kills itself when the last of these checkpoints is on disk.
+        resume: Label of the case whose newest checkpoint this one continues.
+        stop_after: Steps after which a continued training ends; None goes on to the end.
+    """
+
+    stage: str
+    model: str
+    strategy: str
+    gpus: int
+    micro_batch: int
+    accumulate: int
+    length: int
+    steps: int
+    warmup: int
+    precision: str
+    compiled: bool
+    layers: int | None = None
+    save_at: tuple[tuple[int, bool], ...] = ()
+    kill: bool = False
+    resume: str | None = None
+    stop_after: int | None = None
+
+    @property
+    def tensor_parallel(self) -> int:
+        """Ranks of one replica."""
+        return TENSOR_PARALLEL if self.strategy == "fsdp2_tp" else 1
+
+    @property
+    def data_parallel(self) -> int:
+        """Ranks that read different data."""
+        return self.gpus // self.tensor_parallel
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences of an optimiser step."""
+        return self.micro_batch * self.accumulate * self.data_parallel
+
+    @property
+    def label(self) -> str:
+        """A name that no other case of a run has."""
+        continued = "" if self.resume is None else f", continues {self.resume.rpartition(': ')[2]}"
+        return f"{self.stage}, {model_name(self.model)}: {self.strategy} on {self.gpus}{continued}"
+
+
+def model_name(path: str) -> str:
+    """Return the last folder and the stem of a model file's path: ``370m/swiglu``."""
+    return "/".join(path.removesuffix(".yaml").split("/")[-2:])
+
+
+def divisors(number: int) -> list[int]:
+    """Return the divisors in ascending order."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the cases of a run have in common.
+
+    Attributes:
+        models: Paths of model files.
+        strategies: Some of `STRATEGIES`.
+        processes: Numbers of GPUs.
+        micro_batch: Sequences of a forward pass for each GPU.
+        global_batch: Sequences of an optimiser step where that is fixed.
+        length: Tokens of a sequence.
+        steps: Measured steps.
+        precision: Lightning's name.
+        compiled: Blocks are compiled, but under ZeRO-3, which cannot.
+    """
+
+    models: Sequence[str]
+    strategies: Sequence[str]
+    processes: Sequence[int]
+    micro_batch: int
+    global_batch: int
+    length: int
+    steps: int
+    precision: str
+    compiled: bool
+
+    def case(self, stage: str, model: str, strategy: str, gpus: int) -> Case:
+        """Return a case in which every GPU has `micro_batch` sequences a step."""
+        case = Case(
+            stage,
+            model,
+            strategy,
+            gpus,
+            micro_batch=self.micro_batch,
+            accumulate=1,
+            length=self.length,
+            steps=WARMUP + self.steps,
+            warmup=WARMUP,
+            precision=self.precision,
+            compiled=self.compiled and strategy != "zero3",
+        )
+        return replace(case, micro_batch=self.micro_batch * case.tensor_parallel)
+
+
+def weak(sizes: Sizes) -> list[list[Case]]:
+    """The same work for each GPU: one process first, which is what the others are compared with."""
+    baselines = [sizes.case("weak", model, "single", 1) for model in sizes.models]
+    return [baselines, [sizes.case("weak", model, *way) for way in _ways(sizes) for model in sizes.models]]
+
+
+def fixed(sizes: Sizes) -> list[list[Case]]:
+    """The same sequences a step for all GPUs together.
+
+    Raises:
+        ValueError: They cannot be dealt out evenly.
+    """
+
+    def case(model: str, strategy: str, gpus: int) -> Case:
+        weak_case = sizes.case("fixed", model, strategy, gpus)
+        share, rest = divmod(sizes.global_batch, weak_case.data_parallel)
+        micro_batch = min(weak_case.micro_batch, share)
+        if rest or not micro_batch or share % micro_batch:
+            raise ValueError(
+                f"--global_batch {sizes.global_batch} does not come apart into micro-batches of "
+                f"{weak_case.micro_batch} sequences on {weak_case.data_parallel} data-parallel ranks; "
+                f"change it or --micro_batch"
+            )
+        return replace(weak_case, micro_batch=micro_batch, accumulate=share // micro_batch)
+
+    baselines = [case(model, "single", 1) for model in sizes.models]
+    ways = [(strategy, gpus) for strategy, gpus in _ways(sizes) if gpus > 1]
+    return [baselines, [case(model, *way) for way in ways for model in sizes.models]]
+
+
+def _ways(sizes: Sizes) -> Iterable[tuple[str, int]]:
+    """Strategies and GPUs; a strategy's one process comes before the others, which then find it compiled."""
+    for strategy in sizes.strategies:
+        for gpus in sizes.processes:
+            # DDP on one GPU is `single`; tensor parallelism needs a pair.
+            alone = strategy in ("ddp", "fsdp2_tp") and gpus == 1
+            if not alone and not (strategy == "fsdp2_tp" and gpus % TENSOR_PARALLEL):
+                yield strategy, gpus
+
+
+def parity(sizes: Sizes) -> list[list[Case]]:
+    """Steps of the same global batch on one GPU and on all of them; then what was saved on N, continued on M."""
+    gpus = max(sizes.processes)
+    if gpus == 1:
+        return []
+    first: list[Case] = []
+    then: list[Case] = []
+    halfway = ((PARITY_STEPS // 2, False),)
+    for model in sizes.models:
+        cases = {}
+        for strategy in ("single", *(strategy for strategy, n in _ways(sizes) if n == gpus)):
+            case = sizes.case("parity", model, strategy, 1 if strategy == "single" else gpus)
+            cases[strategy] = replace(
+                case,
+                accumulate=gpus if strategy == "single" else 1,
+                steps=PARITY_STEPS,
+                layers=PARITY_LAYERS,
+                save_at=halfway if strategy in ("single", "fsdp2") else (),
+            )
+        first += cases.values()
+        for saved in ("single", "fsdp2"):
+            for strategy, case in cases.items():
+                if saved in cases and strategy in SHARDED and (saved == "single") != (strategy == "single"):
+                    then.append(replace(case, save_at=(), resume=cases[saved].label))
+    return [first, then]
+
+
+def checkpoint(sizes: Sizes) -> list[list[Case]]:
+    """FSDP2 on all GPUs: a save, another in the background, a rank that is killed; and the training that goes on."""
+    stages = []
+    for model in sizes.models:
+        case = replace(sizes.case("checkpoint", model, "fsdp2", max(sizes.processes)), steps=CHECKPOINT_STEPS)
+        killed = replace(case, save_at=((WARMUP + 3, False), (WARMUP + 6, True)), kill=True)
+        stages += [[killed], [replace(case, resume=killed.label, stop_after=3)]]
+    return stages
+
+
+CASES = {"weak": weak, "fixed": fixed, "parity": parity, "checkpoint": checkpoint}

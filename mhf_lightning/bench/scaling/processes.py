@@ -1,0 +1,237 @@
+"""Processes for cases: one for each rank, forked from a server that has imported everything, on disjoint GPUs.
+
+A rank appends JSON lines to ``rankN.jsonl`` in the case's folder, so that what a killed one wrote is there; the last
+line of a rank that is through is ``{"done": ...}``, of one that failed ``{"error": ...}``. Its output is ``rankN.log``.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+from mhf_lightning.bench.scaling.cases import Case
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["mhf_lightning.bench.scaling.rank"])  # which starts no CUDA; DeepSpeed would
+GRACE = 3.0  # seconds for the other ranks to say what is wrong, and to end
+POLL = 0.05
+Events = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a case.
+
+    Attributes:
+        status: ``ok``, ``OOM``, ``timeout after N s``, or ``failed: ...``.
+        events: The lines of each rank.
+        seconds: From the start of the processes to the end of the last.
+        ended: When the end was seen, in seconds since the epoch.
+        log: The end of what the rank that failed has printed.
+    """
+
+    status: str
+    events: list[Events]
+    seconds: float
+    ended: float
+    log: str = ""
+
+    def done(self) -> list[dict[str, Any]]:
+        """Return what each rank said at its end."""
+        return [event["done"] for events in self.events for event in events if "done" in event]
+
+
+def start_server(slots: list[str], inductor_cache: Path) -> int:
+    """Start the server that ranks are forked from; returns the CPU threads of each.
+
+    Args:
+        slots: As for `run_cases`.
+        inductor_cache: Where ranks share what they compile, unless the environment names another folder.
+    """
+    threads = max(1, (os.cpu_count() or 1) // len(slots))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(inductor_cache))
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # the other check starts CUDA, which a fork does not survive
+    forkserver.ensure_running()
+    return threads
+
+
+def run_cases(
+    cases: Iterable[Case],
+    slots: list[str],
+    threads: int,
+    folder: Path,
+    timeout: float,
+    on_end: Callable[[Case, Outcome], None],
+    on_start: Callable[[Case], None],
+) -> None:
+    """Run cases in their order, side by side where there are GPUs for them.
+
+    Args:
+        cases: What to run.
+        slots: What CUDA_VISIBLE_DEVICES calls each GPU; on the CPU as many empty strings as ranks may run at a time.
+        threads: CPU threads of a rank.
+        folder: For what ranks write; checkpoints of earlier cases are found there.
+        timeout: Seconds for a case.
+        on_end: Called with each case that has ended.
+        on_start: Called with each case that begins.
+    """
+    waiting, free = list(cases), list(slots)
+    running: list[_Running] = []
+    try:
+        while waiting or running:
+            while waiting and waiting[0].gpus <= len(free):
+                case = waiting.pop(0)
+                on_start(case)
+                running.append(_Running(case, [free.pop(0) for _ in range(case.gpus)], folder, threads))
+            time.sleep(POLL)
+            for over in [each for each in running if each.is_over(timeout)]:
+                running.remove(over)
+                free += over.slots
+                on_end(over.case, over.end())
+    finally:
+        for each in running:
+            each.kill()
+
+
+def case_folder(folder: Path, label: str) -> Path:
+    """Where a case's ranks write."""
+    return folder / "".join(letter if letter.isalnum() else "-" for letter in label)
+
+
+class _Running:
+    """The processes of a case."""
+
+    def __init__(self, case: Case, slots: list[str], folder: Path, threads: int) -> None:
+        self.case, self.slots = case, slots
+        self.folder = case_folder(folder, case.label)
+        self.folder.mkdir(parents=True)
+        self.begun, self.ended, self.status = time.monotonic(), 0.0, ""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        environment = {
+            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "scaling"},
+            **{"WORLD_SIZE": str(case.gpus), "LOCAL_WORLD_SIZE": str(case.gpus), "GROUP_RANK": "0", "NODE_RANK": "0"},
+        }
+        if slots[0]:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(slots)
+        order = {"case": asdict(case), "folder": str(self.folder), "threads": threads}
+        if case.resume is not None:
+            order["checkpoints"] = str(case_folder(folder, case.resume) / "checkpoints")
+        self.ranks: list[ForkServerProcess] = []
+        for rank in range(case.gpus):
+            own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            self.ranks.append(CONTEXT.Process(target=enter, args=(rank, own, order)))
+            self.ranks[-1].start()
+
+    def is_over(self, timeout: float) -> bool:
+        """Look at the ranks; the first that dies ends the case, as a launcher would end it."""
+        done = [self._said(rank, "done") for rank in range(self.case.gpus)]
+        codes = [process.exitcode for process in self.ranks]
+        dead = [code for code, through in zip(codes, done, strict=True) if code is not None and not through]
+        if all(done):
+            self.status = "ok"
+        elif dead:
+            self.ended = time.time()
+            if min(dead) >= 0:  # not killed: the others may have more to say than the first
+                self._wait(GRACE)
+            self.status = "failed"
+        elif time.monotonic() - self.begun > timeout:
+            self.status = f"timeout after {timeout:g} s"
+        return bool(self.status)
+
+    def end(self) -> Outcome:
+        """End all ranks, and say what came of the case."""
+        ended = self.ended or time.time()
+        if self.status == "ok":
+            self._wait(GRACE)
+        codes = [process.exitcode for process in self.ranks]
+        self.kill()
+        events = [_read(self.folder / f"rank{rank}.jsonl") for rank in range(self.case.gpus)]
+        status, guilty = self.status, 0
+        if status == "failed":
+            errors = [
+                (event["time"], rank, event["error"])
+                for rank, e in enumerate(events)
+                for event in e
+                if "error" in event
+            ]
+            if errors:
+                _, guilty, error = min(errors)
+                status = "OOM" if any(text == "OOM" for *_, text in errors) else f"failed: {error}"
+            else:
+                guilty = next(rank for rank, code in enumerate(codes) if code is not None)
+                code = codes[guilty]
+                status = (
+                    f"failed: rank {guilty} died ({f'signal {-code}' if code and code < 0 else f'exit code {code}'})"
+                )
+        log = self.folder / f"rank{guilty}.log"
+        text = "" if status == "ok" or not log.exists() else log.read_text(errors="replace")[-3000:]
+        return Outcome(status, events, time.monotonic() - self.begun, ended, text)
+
+    def kill(self) -> None:
+        """End all ranks at once."""
+        for process in self.ranks:
+            process.kill()
+        for process in self.ranks:
+            process.join()
+
+    def _wait(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        for process in self.ranks:
+            process.join(max(0.0, deadline - time.monotonic()))
+
+    def _said(self, rank: int, what: str) -> bool:
+        return any(what in event for event in _read(self.folder / f"rank{rank}.jsonl")[-1:])
+
+
+def _read(path: Path) -> Events:
+    """Return the whole lines of a rank; the last may be cut off."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def enter(rank: int, environment: dict[str, str], order: dict[str, Any]) -> None:
+    """Be a rank (in its process)."""
+    folder = Path(order["folder"])
+    with (folder / f"rank{rank}.log").open("w") as log:
+        os.dup2(log.fileno(), sys.stdout.fileno())
+        os.dup2(log.fileno(), sys.stderr.fileno())
+    os.environ.update(environment)
+    lines = Lines(folder / f"rank{rank}.jsonl")
+    lines.write(started=True)
+    try:
+        from mhf_lightning.bench.scaling.rank import train
+
+        lines.write(done=train(order, lines))
+    except BaseException as error:
+        traceback.print_exc()
+        name = type(error).__name__
+        text = f"{name}: {error}".strip().partition("\n")[0]
+        lines.write(error="OOM" if name == "OutOfMemoryError" else text)
+        sys.stdout.flush()
+        os._exit(1)  # without a teardown that could wait for the other ranks
+
+
+class Lines:
+    """Appends JSON lines, each with the time; also from other threads."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab", buffering=0)
+
+    def write(self, **values: Any) -> None:
+        """Append one line, in one write."""
+        self._file.write(json.dumps({**values, "time": time.time()}).encode() + b"\n")
