@@ -1,4 +1,4 @@
-"""`mhf evidence corpus | run`. Exit codes: 0 well, 1 a run failed, 2 wrong use."""
+"""`mhf evidence corpus | run | table`. Exit codes: 0 well, 1 a run failed, 2 wrong use."""
 
 from __future__ import annotations
 
@@ -33,6 +33,9 @@ def main(args: list[str]) -> int:
         "--queue", type=Path, default=CONFIGS / "queue.csv", help="The list; configurations lie beside it."
     )
     run.add_argument("--runs", type=Path, default=Path("runs/evidence"), help="Folder of the run folders.")
+    table = commands.add_parser("table", help="tables and curves from event files alone")
+    table.add_argument("inputs", metavar="INPUT", nargs="+", type=Path, help="Archives of `run`, or folders of runs.")
+    table.add_argument("--out", type=Path, required=True, help="Folder for results.md, results.csv and pictures.")
     for command in (corpus, run):
         command.add_argument("--data", type=Path, default=Path("data/evidence"), help="Folder of the dataset.")
     options = parser.parse_args(args)
@@ -41,6 +44,15 @@ def main(args: list[str]) -> int:
             from mhf_lightning.evidence.corpus import make_corpus
 
             make_corpus(options.data, options.tokenizer, options.record)
+            return 0
+        if options.command == "table":
+            from mhf_lightning.bench.report import PLOT_NEEDS
+            from mhf_lightning.evidence.table import write
+
+            try:
+                write(options.inputs, options.out)
+            except ImportError as error:
+                raise ValueError(PLOT_NEEDS) from error
             return 0
         from mhf_lightning.evidence.queue import Runner, cuda_devices
 

@@ -1,4 +1,4 @@
-"""Scalars and images of a run's TensorBoard event files, read by TensorBoard's reader. No torch, no Lightning."""
+"""Scalars, images and texts of a run's TensorBoard event files, by TensorBoard's reader. No torch, no Lightning."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
+TEXT = "/text_summary"  # what ``add_text`` adds to a tag
 FRAME = 16  # bytes of a record besides the event: its length, and a checksum each of length and event
 
 
@@ -50,12 +51,14 @@ class Events:
     Attributes:
         scalars: By tag.
         images: By tag.
+        texts: The last one by tag, as it was given to ``add_text``.
         first_time: Unix seconds of the first event; None without events.
         warnings: What could not be read, a sentence each.
     """
 
     scalars: dict[str, Series] = field(default_factory=lambda: defaultdict(Series))
     images: dict[str, Series] = field(default_factory=lambda: defaultdict(Series))
+    texts: dict[str, str] = field(default_factory=dict)
     first_time: float | None = None
     warnings: list[str] = field(default_factory=list)
 
@@ -103,3 +106,5 @@ def _add(events: Events, event: Event) -> None:
             events.scalars[value.tag].add(event.step, event.wall_time, value.simple_value)
         elif kind == "image":
             events.images[value.tag].add(event.step, event.wall_time, value.image.encoded_image_string)
+        elif kind == "tensor" and value.tag.endswith(TEXT):
+            events.texts[value.tag.removesuffix(TEXT)] = value.tensor.string_val[0].decode()

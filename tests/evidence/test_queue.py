@@ -6,9 +6,11 @@ import tarfile
 import time
 
 import pytest
+from tiny_packages import CONTEXT_LENGTH
 
 from mhf_lightning.evidence import queue as module
 from mhf_lightning.evidence.queue import PACK, Runner, commit, expected_seconds, read_queue
+from mhf_lightning.evidence.table import read_runs
 from mhf_lightning.report.events import read_events
 
 STEPS = 200
@@ -77,7 +79,20 @@ def test_a_run_cut_into_pieces_ends_like_one_that_was_not(queue, runner, monkeyp
     for tag in ("train/loss", "train/grad_norm", "val/loss"):
         assert cut.scalars[tag].steps == whole.scalars[tag].steps
         assert cut.scalars[tag].values == whole.scalars[tag].values
-    assert len(whole.scalars["val/loss"].steps) == STEPS // 50
+
+    runs = read_runs([queue.parent / "out" / PACK])
+    assert [(run.size, run.variant, run.lr, run.seed) for run in runs] == [
+        ("tiny", "cut", 0.01, 7),
+        ("tiny", "whole", 0.01, 7),
+    ]
+    for run in runs:
+        assert run.finished
+        assert run.steps == STEPS
+        assert run.loss == whole.scalars["val/loss"].values[-1]
+        assert run.tokens == STEPS * 4 * CONTEXT_LENGTH
+        assert (run.gpu, run.commit) == ("cpu", "0123456789ab")
+        assert "--config" in run.command
+        assert len(run.curve["loss"]) == STEPS // 50
 
 
 HOUR = 3600.0

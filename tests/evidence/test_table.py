@@ -1,0 +1,126 @@
+"""The table from event files with known answers."""
+
+import csv
+import statistics
+import tarfile
+
+import pytest
+import yaml
+from torch.utils.tensorboard import SummaryWriter
+
+from mhf_lightning.cli import main
+from mhf_lightning.evidence.table import read_runs, summarise, write
+from mhf_lightning.model import DecoderConfig, FFNConfig
+
+DECODER = DecoderConfig(
+    vocab_size=300, d_model=16, num_layers=1, num_attention_heads=2, ffn=FFNConfig("swiglu", d_ff=8)
+)
+NON_EMBEDDING = 4 * 16 * 16 + 3 * 16 * 8 + 3 * 16
+TOKENS_PER_STEP, FLOPS_PER_TOKEN = 1000, 50
+
+
+def make_run(runs, variant, lr, losses, seed=1, rate=500.0, size="small", dataset="d1", max_steps=40):
+    """Validation every 10 steps, points every 5."""
+    folder = runs / size / variant / f"lr{lr}-seed{seed}"
+    config = {
+        "seed_everything": seed,
+        "trainer": {"max_steps": max_steps},
+        "model": {"decoder": DECODER.to_dict(), "optimizer": {"lr": lr}},
+    }
+    command = (
+        f"mhf fit --config configs/evidence/{size}/recipe.yaml --config configs/evidence/{size}/{variant}.yaml --x y"
+    )
+    variables = {"MHF_COMMAND": command, "MHF_COMMIT": "abc", "MHF_DATASET": dataset, "gpu": "1 x NVIDIA H100"}
+    with SummaryWriter(str(folder / "tensorboard")) as writer:
+        writer.add_text("run/config", f"```yaml\n{yaml.safe_dump(config)}```")
+        writer.add_text("run/environment", "\n".join(f"| {name} | `{value}` |" for name, value in variables.items()))
+        for done in range(5, 10 * len(losses) + 1, 5):
+            step = done - 1
+            writer.add_scalar("train/tokens", done * TOKENS_PER_STEP, step)
+            writer.add_scalar("throughput/flops", done * TOKENS_PER_STEP * FLOPS_PER_TOKEN, step)
+            writer.add_scalar("throughput/tokens_per_s_average", rate, step)
+            writer.add_scalar("throughput/mfu", 0.25, step)
+            writer.add_scalar("memory/peak_gib", 1 + done / 64, step)
+        for number, loss in enumerate(losses, 1):
+            writer.add_scalar("val/loss", loss, 10 * number - 1)
+            writer.add_scalar("val/perplexity", 2 * loss, 10 * number - 1)
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    runs = tmp_path / "runs"
+    make_run(runs, "swiglu", 0.001, [4, 3, 2.75, 2.5])
+    make_run(runs, "swiglu", 0.002, [4, 3, 2.5, 2.25], seed=1)
+    make_run(runs, "swiglu", 0.002, [4, 3, 2.5, 2.75], seed=2, rate=1000.0)
+    make_run(runs, "swiglu", 0.004, [4, 3, 3, float("nan")])
+    make_run(runs, "swiglu_wide", 0.002, [4, 3, 2, 1.5])
+    make_run(runs, "flash_mhf", 0.002, [4, 3, 2, 1.75])
+    make_run(runs, "flash_mhf", 0.004, [4, 3, 2])
+    return runs
+
+
+def test_a_run_is_what_its_event_files_say(runs):
+    run = next(run for run in read_runs([runs]) if run.variant == "flash_mhf" and run.lr == 0.002)
+    assert (run.size, run.seed, run.steps, run.finished) == ("small", 1, 40, True)
+    assert run.parameters == NON_EMBEDDING
+    assert (run.tokens, run.flops, run.seconds) == (40_000, 2_000_000, 80)
+    assert (run.loss, run.perplexity, run.tokens_per_s, run.mfu, run.peak_gib) == (1.75, 3.5, 500, 0.25, 1 + 40 / 64)
+    assert (run.gpu, run.commit, run.dataset) == ("NVIDIA H100", "abc", "d1")
+    assert run.command.startswith("mhf fit --config configs/evidence/small/recipe.yaml")
+    assert run.curve["loss"].tolist() == [4, 3, 2, 1.75]
+    assert run.curve["tokens"].tolist() == [10_000, 20_000, 30_000, 40_000]
+    assert run.curve["seconds"].tolist() == [20, 40, 60, 80]
+
+
+def test_the_best_learning_rate_is_that_of_the_common_seed(runs):
+    summaries = summarise(read_runs([runs]))["small"]
+    assert list(summaries) == ["swiglu_wide", "flash_mhf", "swiglu"]  # by loss
+    swiglu, flash = summaries["swiglu"], summaries["flash_mhf"]
+    assert [(run.lr, run.seed) for run in swiglu.runs] == [(0.002, 1), (0.002, 2)]
+    assert swiglu.loss == 2.5
+    assert swiglu.learning_rates == [0.001, 0.002, 0.004]
+    assert swiglu.bracketed
+    assert flash.learning_rates == [0.002]  # the other one is not finished
+    assert not flash.bracketed
+
+
+def test_the_command_writes_tables_and_pictures(runs, tmp_path):
+    with tarfile.open(tmp_path / "events.tar.gz", "w:gz") as archive:
+        archive.add(runs, ".")
+    with pytest.raises(SystemExit) as end:
+        main(["evidence", "table", str(tmp_path / "events.tar.gz"), "--out", str(tmp_path / "out")])
+    assert end.value.code == 0
+    text = (tmp_path / "out/results.md").read_text()
+    deviation = statistics.stdev([2.25, 2.75])
+    assert (
+        f"| swiglu | {NON_EMBEDDING:,} | 0.002 (0.001, 0.002, 0.004) | 2 | 2.5000 ± {deviation:.4f} | +0.0000 |" in text
+    )
+    assert (
+        "| flash_mhf | 1,456 | 0.002 (0.002, not bracketed) | 1 | 1.7500 | -0.7500 | 3.500 | 500 | 25.0% | 1.62 |"
+        in text
+    )
+    assert "| small | flash_mhf | 0.004 | 1 | 30 (cut) | 2.0000 | 4.000 | 500 | NVIDIA H100 | abc | `mhf fit" in text
+    with (tmp_path / "out/results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 7
+    assert {row["gpu"] for row in rows} == {"NVIDIA H100"}
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["small-swiglu.png", "small.png"]
+
+
+def test_of_the_same_run_the_last_one_given_counts(runs, tmp_path):
+    make_run(tmp_path / "later", "flash_mhf", 0.004, [4, 3, 2, 1.25])
+    later = [run for run in read_runs([runs, tmp_path / "later"]) if (run.variant, run.lr) == ("flash_mhf", 0.004)]
+    assert [(run.loss, run.finished) for run in later] == [(1.25, True)]
+
+
+def test_what_does_not_compare_is_refused(runs, tmp_path):
+    make_run(tmp_path / "other", "pkv", 0.001, [4, 3, 2, 1], dataset="d2")
+    with pytest.raises(ValueError, match=r"several corpora \(d1, d2\)"):
+        read_runs([runs, tmp_path / "other"])
+    make_run(tmp_path / "longer", "pkv", 0.001, [4, 3, 2, 1, 1], max_steps=50)
+    with pytest.raises(ValueError, match=r"runs of small are of \[40, 50\] steps"):
+        write([runs, tmp_path / "longer"], tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no run"):
+        read_runs([tmp_path / "empty"])
