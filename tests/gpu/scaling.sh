@@ -25,7 +25,7 @@ for stage in "$@"; do
     weak) options=("${small[@]}" --stages weak) ;;
     parity) options=("${small[@]}" --stages parity) ;;
     large) options=("${large[@]}" --stages weak --strategies fsdp2 --micro_batch 4) ;;
-    checkpoint) options=("${large[0]}" --stages checkpoint --micro_batch 4) ;;
+    checkpoint) options=("${large[0]}" --stages checkpoint --micro_batch 4 --timeout 300) ;;
     fixed) options=("${small[@]}" --stages fixed --strategies ddp fsdp2 --steps 5) ;;
     *)
         echo "unknown stage $stage" >&2

@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
     (output / "environment.json").write_text(json.dumps(facts, indent=2) + "\n")
     print("\n".join(f"{name}: {value}" for name, value in facts.items()) + "\n", flush=True)
 
-    with tempfile.TemporaryDirectory(prefix="mhf-scaling-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="mhf-scaling-", ignore_cleanup_errors=True) as scratch:
         folder, ok = Path(scratch), True
         threads = start_server(slots, folder / "inductor")
         flops = {model: flops_per_token(config, sizes.length) for model, config in models.items()}

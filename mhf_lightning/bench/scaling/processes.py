@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -20,6 +21,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+from mhf_lightning.bench.measure import OutOfMemoryError, out_of_memory
 from mhf_lightning.bench.scaling.cases import Case
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -62,6 +64,7 @@ def start_server(slots: list[str], inductor_cache: Path) -> int:
     threads = max(1, (os.cpu_count() or 1) // len(slots))
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(inductor_cache))
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the name of a host without network may lead nowhere
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # the other check starts CUDA, which a fork does not survive
     forkserver.ensure_running()
     return threads
@@ -138,8 +141,8 @@ class _Running:
 
     def is_over(self, timeout: float) -> bool:
         """Look at the ranks; the first that dies ends the case, as a launcher would end it."""
+        codes = [process.exitcode for process in self.ranks]  # first: a rank that is through ends right after its line
         done = [self._said(rank, "done") for rank in range(self.case.gpus)]
-        codes = [process.exitcode for process in self.ranks]
         dead = [code for code, through in zip(codes, done, strict=True) if code is not None and not through]
         if all(done):
             self.status = "ok"
@@ -155,28 +158,10 @@ class _Running:
     def end(self) -> Outcome:
         """End all ranks, and say what came of the case."""
         ended = self.ended or time.time()
-        if self.status == "ok":
-            self._wait(GRACE)
         codes = [process.exitcode for process in self.ranks]
         self.kill()
         events = [_read(self.folder / f"rank{rank}.jsonl") for rank in range(self.case.gpus)]
-        status, guilty = self.status, 0
-        if status == "failed":
-            errors = [
-                (event["time"], rank, event["error"])
-                for rank, e in enumerate(events)
-                for event in e
-                if "error" in event
-            ]
-            if errors:
-                _, guilty, error = min(errors)
-                status = "OOM" if any(text == "OOM" for *_, text in errors) else f"failed: {error}"
-            else:
-                guilty = next(rank for rank, code in enumerate(codes) if code is not None)
-                code = codes[guilty]
-                status = (
-                    f"failed: rank {guilty} died ({f'signal {-code}' if code and code < 0 else f'exit code {code}'})"
-                )
+        status, guilty = (self.status, 0) if self.status != "failed" else _why(codes, events)
         log = self.folder / f"rank{guilty}.log"
         text = "" if status == "ok" or not log.exists() else log.read_text(errors="replace")[-3000:]
         return Outcome(status, events, time.monotonic() - self.begun, ended, text)
@@ -197,6 +182,20 @@ class _Running:
         return any(what in event for event in _read(self.folder / f"rank{rank}.jsonl")[-1:])
 
 
+def _why(codes: list[int | None], events: list[Events]) -> tuple[str, int]:
+    """Return what happened and to which rank; what the others then say of the connection to it is no cause."""
+    errors = [(e["time"], rank, e["error"]) for rank, lines in enumerate(events) for e in lines if "error" in e]
+    if any(error == "OOM" for *_, error in errors):
+        return "OOM", next(rank for _, rank, error in errors if error == "OOM")
+    killed = [rank for rank, code in enumerate(codes) if code == -signal.SIGKILL]
+    if errors and not killed:
+        _, rank, error = min(errors)
+        return f"failed: {error}", rank
+    rank = killed[0] if killed else next(rank for rank, code in enumerate(codes) if code is not None)
+    code = codes[rank] or 0
+    return f"failed: rank {rank} died ({f'signal {-code}' if code < 0 else f'exit code {code}'})", rank
+
+
 def _read(path: Path) -> Events:
     """Return the whole lines of a rank; the last may be cut off."""
     if not path.exists():
@@ -205,7 +204,7 @@ def _read(path: Path) -> Events:
 
 
 def enter(rank: int, environment: dict[str, str], order: dict[str, Any]) -> None:
-    """Be a rank (in its process)."""
+    """Be a rank (in its process, which ends here, without a teardown that could wait for other ranks)."""
     folder = Path(order["folder"])
     with (folder / f"rank{rank}.log").open("w") as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
@@ -213,17 +212,22 @@ def enter(rank: int, environment: dict[str, str], order: dict[str, Any]) -> None
     os.environ.update(environment)
     lines = Lines(folder / f"rank{rank}.jsonl")
     lines.write(started=True)
+    failed = False
     try:
         from mhf_lightning.bench.scaling.rank import train
 
-        lines.write(done=train(order, lines))
+        with out_of_memory():
+            done = train(order, lines)
+        lines.write(done=done)
     except BaseException as error:
+        failed = True
         traceback.print_exc()
-        name = type(error).__name__
-        text = f"{name}: {error}".strip().partition("\n")[0]
-        lines.write(error="OOM" if name == "OutOfMemoryError" else text)
+        text = f"{type(error).__name__}: {error}".partition("\n")[0]
+        lines.write(error="OOM" if isinstance(error, OutOfMemoryError) else text)
+    finally:
         sys.stdout.flush()
-        os._exit(1)  # without a teardown that could wait for the other ranks
+        sys.stderr.flush()
+        os._exit(failed)
 
 
 class Lines:

@@ -19,7 +19,6 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mhf_lightning.bench.measure import device_name
 from mhf_lightning.bench.model import read_model
 from mhf_lightning.bench.scaling.cases import Case
 from mhf_lightning.bench.scaling.processes import Lines
@@ -28,6 +27,7 @@ from mhf_lightning.checkpoint import find_newest_valid
 from mhf_lightning.checkpoint.shards import SaveOptions
 from mhf_lightning.checkpoint.strategy import MHFSingleDevice
 from mhf_lightning.data.sampler import GlobalOrderSampler
+from mhf_lightning.model.loss import IGNORE_INDEX
 from mhf_lightning.plan.gpus import GPUS
 from mhf_lightning.training.module import PretrainModule
 from mhf_lightning.training.optimizer import OptimizerConfig, ScheduleConfig
@@ -36,6 +36,7 @@ from mhf_lightning.training.strategies import MHFDDP, MHFFSDP2, MHFDeepSpeed
 
 SEED = 1234
 STEPS_AFTER_SAVE = 3
+STREAM, STRIDE = 2**20, 104_729  # tokens that samples are cut from; a prime, so that they begin anywhere
 
 
 def train(order: dict[str, Any], lines: Lines) -> dict[str, Any]:
@@ -60,6 +61,7 @@ def train(order: dict[str, Any], lines: Lines) -> dict[str, Any]:
             ScheduleConfig(warmup_steps=min(10, case.steps)),
             compile_blocks=case.compiled,
         )
+    parameters = sum(parameter.numel() for parameter in module.parameters())  # while they are whole
     meter = Meter(case, Path(order["folder"]) / "checkpoints", lines)
     trainer = Trainer(
         accelerator="gpu" if on_gpu else "cpu",
@@ -81,9 +83,8 @@ def train(order: dict[str, Any], lines: Lines) -> dict[str, Any]:
         if resume is None or skipped:
             raise RuntimeError(f"{case.resume} left no whole checkpoint: {'; '.join(skipped) or 'none at all'}")
     trainer.fit(module, SyntheticTokens(config.vocab_size, case.length, case.micro_batch), ckpt_path=resume)
-    result = {"device": device_name(device), "window_s": meter.window_s, "steps": meter.measured}
-    result["parameters"] = sum(math.prod(shape) for shape in meter.shapes)
-    result["num_layers"] = config.num_layers
+    result: dict[str, Any] = {"window_s": meter.window_s, "steps": meter.measured}
+    result |= {"parameters": parameters, "num_layers": config.num_layers}
     if on_gpu:
         name = torch.cuda.get_device_name(device)
         result["peak_flops"] = GPUS[DEVICES[name]].bf16_flops if name in DEVICES else None
@@ -103,24 +104,25 @@ STRATEGIES: dict[str, Callable[[Case, torch.device], Any]] = {
 
 
 class LogUniform(Dataset[dict[str, Tensor]]):
-    """Tokens whose frequency falls as their rank does, as words' does: there is something to learn in 50 steps.
+    """Tokens whose frequency falls with their number, as words' does: there is something to learn in 50 steps.
 
     A sample is a function of its index. Up to three eighths of its positions have no target, so that ranks differ in
     the number of targets, which only a mean over all of them takes into account.
     """
 
     def __init__(self, vocab_size: int, length: int, samples: int) -> None:
-        self.vocab_size, self.length, self.samples = vocab_size, length, samples
+        self.length, self.samples = length, samples
+        uniform = torch.rand(STREAM + length + 1, generator=torch.Generator().manual_seed(SEED))
+        self.stream = (uniform * math.log(vocab_size)).exp().long().clamp_max(vocab_size) - 1
 
     def __len__(self) -> int:
         return self.samples
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(index)
-        uniform = torch.rand(self.length + 1, generator=generator)
-        tokens = (uniform * math.log(self.vocab_size)).exp().long().clamp_max(self.vocab_size) - 1
+        first = index * STRIDE % STREAM
+        tokens = self.stream[first : first + self.length + 1]
         labels = tokens[1:].clone()
-        labels[: self.length * (index % 4) // 8] = -100
+        labels[: self.length * (index % 4) // 8] = IGNORE_INDEX
         return {"input_ids": tokens[:-1], "labels": labels, "sample_index": torch.tensor(index)}
 
 
@@ -163,14 +165,9 @@ class Meter(Checkpoint):
     def __init__(self, case: Case, folder: Path, lines: Lines) -> None:
         self.case, self.folder, self.lines = case, folder, lines
         self.window_s, self.measured = 0.0, 0
-        self.shapes: list[tuple[int, ...]] = []
         self._window_begins = 0.0
         self._kept: list[dict[str, Any]] = []  # steps that are not written yet
         self._committed: int | None = None
-
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Note the parameters' shapes while they are whole."""
-        self.shapes = [tuple(parameter.shape) for parameter in pl_module.parameters()]
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Say that everything is loaded."""

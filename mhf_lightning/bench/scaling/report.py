@@ -162,7 +162,7 @@ def write_report(folder: Path) -> str:
     text = f"# mhf bench scaling\n\n```\n{facts}\n```\n\n{tables(folder, plans)}\n"
     with (folder / "report.md").open("x") as file:
         file.write(text)
-    if rows:
+    if any("tokens_per_s" in row for row in rows):
         plan_file = CsvFile(folder / "plan.csv", PLAN_COLUMNS)
         for plan in plans:
             plan_file.write(plan)
@@ -182,17 +182,18 @@ def plot(rows: list[Row], plans: list[Row], path: Path) -> None:
     stages = list(dict.fromkeys(row["stage"] for row in rows))
     models = list(dict.fromkeys(row["model"] for row in rows))
     strategies = list(dict.fromkeys(row["strategy"] for row in rows))
-    figure = Figure(figsize=(15, 4 * len(stages) + 1.5), layout="constrained")
-    grid = figure.subplots(len(stages), len(PANELS), squeeze=False)
+    panels = {column: title for column, title in PANELS.items() if any(column in row for row in rows)}
+    figure = Figure(figsize=(5 * len(panels), 4 * len(stages) + 1.5), layout="constrained")
+    grid = figure.subplots(len(stages), len(panels), squeeze=False)
     for line, stage in zip(grid, stages, strict=True):
-        for panel, (column, title) in zip(line, PANELS.items(), strict=True):
+        for panel, (column, title) in zip(line, panels.items(), strict=True):
             for model in models:
                 for strategy in strategies:
-                    points = [
-                        (row["gpus"], row[column], plan.get(f"plan_{column}"))
+                    points = sorted(
+                        (row["gpus"], row[column], plan["plan_peak_gib"])
                         for row, plan in zip(rows, plans, strict=True)
                         if (row["stage"], row["model"], row["strategy"]) == (stage, model, strategy) and column in row
-                    ]
+                    )
                     style = {"color": f"C{strategies.index(strategy)}", "marker": "osD^v"[models.index(model) % 5]}
                     label = f"{model}, {strategy}"
                     panel.plot([x for x, *_ in points], [y for _, y, _ in points], label=label, **style)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,8 @@ def differences(reference: Curve, other: Curve) -> dict[str, float]:
     result = {}
     for place, name in enumerate(("loss", "grad_norm")):
         relative = [abs(values[place] / reference[step][place] - 1) for step, values in other.items()]
-        result[f"{name}_difference"] = max(relative)
+        # The largest of numbers among which there is a NaN is any of them.
+        result[f"{name}_difference"] = math.nan if any(map(math.isnan, relative)) else max(relative)
         result[f"median_{name}_difference"] = statistics.median(relative)
     return result
 

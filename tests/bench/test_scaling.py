@@ -1,0 +1,285 @@
+"""`mhf bench scaling`: real trainings of tiny models on two gloo processes, and what rows and tables make of them."""
+
+import csv
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from mhf_lightning.bench.scaling import cases, command, report, results
+from mhf_lightning.bench.scaling.cases import Sizes
+from mhf_lightning.bench.scaling.processes import Outcome, run_cases, start_server
+from mhf_lightning.model import Decoder, DecoderConfig
+from mhf_lightning.plan.flops import flops_per_token
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the command would take the GPUs")
+FFN = {"name": "flash_mhf", "num_heads": 2, "num_subnetworks": 2, "d_e": 16}
+DECODER = {"vocab_size": 64, "d_model": 32, "num_layers": 2, "num_attention_heads": 2, "ffn": FFN}
+LENGTH, MICRO_BATCH, STEPS = 16, 2, 4
+
+
+def write_model(folder: Path, **changes) -> str:
+    folder.mkdir(exist_ok=True)
+    (folder / "tiny.yaml").write_text(yaml.safe_dump({"model": {"decoder": {**DECODER, **changes}}}))
+    return str(folder / "tiny.yaml")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return write_model(tmp_path_factory.mktemp("models") / "small")
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def sizes(model: str, *strategies: str, processes=(1, 2)) -> Sizes:
+    return Sizes((model,), strategies, processes, MICRO_BATCH, 8, LENGTH, STEPS, "32-true", compiled=False)
+
+
+def run(tmp_path: Path, *several: cases.Case, timeout: float = 120.0) -> dict[str, Outcome]:
+    ended: dict[str, Outcome] = {}
+    slots = ["", ""]
+    threads = start_server(slots, tmp_path / "inductor")
+    run_cases(
+        several, slots, threads, tmp_path, timeout, lambda case, end: ended.update({case.label: end}), lambda case: None
+    )
+    return ended
+
+
+@pytest.fixture(scope="module")
+def measured(model, tmp_path_factory) -> tuple[int, Path]:
+    """What the command returned, and its folder."""
+    output = tmp_path_factory.mktemp("scaling") / "out"
+    options = [
+        "--micro_batch",
+        str(MICRO_BATCH),
+        "--length",
+        str(LENGTH),
+        "--steps",
+        str(STEPS),
+        "--output",
+        str(output),
+    ]
+    stages = ["--stages", "weak", "parity", "checkpoint", "--strategies", "fsdp2"]
+    return command.main([model, *stages, *options]), output
+
+
+@pytest.mark.slow
+def test_rows_hold_speeds_and_what_follows_from_them(measured, model):
+    code, output = measured
+    assert code == 0
+    rows = read(output / "scaling.csv")
+    assert [(row["strategy"], row["gpus"]) for row in rows] == [("single", "1"), ("fsdp2", "1"), ("fsdp2", "2")]
+    config = DecoderConfig.from_dict(DECODER)
+    for row in rows:
+        assert tuple(row) == results.SCALING_COLUMNS
+        assert (row["status"], row["model"], row["steps"], row["mfu"]) == ("ok", "small/tiny", str(STEPS), "n/a")
+        gpus, rate = int(row["gpus"]), float(row["tokens_per_s"])
+        assert int(row["global_batch"]) == gpus * MICRO_BATCH
+        assert rate == pytest.approx(gpus * MICRO_BATCH * LENGTH / (float(row["step_ms"]) / 1e3), rel=1e-4)
+        assert float(row["tokens_per_s_per_gpu"]) == pytest.approx(rate / gpus, rel=1e-4)
+        assert float(row["efficiency"]) == pytest.approx(rate / gpus / float(rows[0]["tokens_per_s"]), rel=1e-4)
+        assert float(row["slowest_step_ms"]) >= 0.9 * float(row["step_ms"])
+        assert int(row["parameters"]) == sum(p.numel() for p in Decoder(config).parameters())
+        assert float(row["flops_per_token"]) == pytest.approx(flops_per_token(config, LENGTH), rel=1e-4)
+    facts = json.loads((output / "environment.json").read_text())
+    assert facts["torch"] == torch.__version__ == rows[0]["torch"]
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_does_and_continue_each_other(measured):
+    rows = read(measured[1] / "parity.csv")
+    assert [(row["strategy"], row["gpus"], row["continues"], row["steps"]) for row in rows] == [
+        ("single", "1", "n/a", "50"),
+        ("fsdp2", "2", "n/a", "50"),
+        ("fsdp2", "2", "single on 1", "25"),
+        ("single", "1", "fsdp2 on 2", "25"),
+    ]
+    for row in rows:
+        assert row["status"] == "ok"
+        assert float(row["loss_difference"]) < 1e-5
+        assert float(row["grad_norm_difference"]) < 1e-4
+        assert float(row["last_loss"]) < float(row["first_loss"]) - 0.01
+    assert float(rows[0]["first_loss"]) == pytest.approx(math.log(64), rel=0.05)
+    curves = read(measured[1] / "curves.csv")
+    assert [int(row["step"]) for row in curves] == [*range(1, 51), *range(1, 51), *range(26, 51), *range(26, 51)]
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_noticed_and_training_goes_on(measured):
+    (row,) = read(measured[1] / "checkpoint.csv")
+    assert (row["status"], row["gpus"]) == ("ok", "2")
+    assert int(row["saved_step"]) + 3 <= int(row["killed_step"])
+    times = [float(row[name]) for name in ("noticed_s", "started_s", "loaded_s", "recovery_s")]
+    assert times == sorted(times)
+    assert 0 < float(row["background_stall_s"]) < float(row["background_s"])
+    assert float(row["stall_s"]) > 0
+    # Weights and two moments in float32, and what is saved beside them.
+    assert 1 < float(row["checkpoint_gib"]) * 2**30 / (12 * int(row["parameters"])) < 3
+    assert float(row["loss_difference"]) < 1e-5
+
+
+@pytest.mark.slow
+def test_the_report_sets_the_plan_beside(measured, capsys):
+    output = measured[1]
+    assert command.main(["--report_from", str(output)]) == 0
+    text = (output / "report.md").read_text()
+    assert capsys.readouterr().out.strip() == text.strip()
+    assert "## small/tiny, the same work for each GPU; L 16, 32-true" in text
+    assert "plan: peak GiB" in text
+    assert [float(row["plan_peak_gib"]) > 0 for row in read(output / "plan.csv")] == [True] * 3
+    assert (output / "scaling.png").read_bytes().startswith(b"\x89PNG")
+    assert command.main(["--report_from", str(output)]) == 2  # nothing is overwritten
+    assert "report.md" in capsys.readouterr().err
+
+
+def test_the_plan_s_speed_is_a_share_of_the_peak_of_all_gpus(model):
+    row = results.identity(sizes(model, "fsdp2_tp").case("weak", model, "fsdp2_tp", 2))
+    row |= {"device": "NVIDIA H100 80GB HBM3", "flops_per_token": 1e6, "compiled": "False"}
+    (plan,) = report.planned([row])
+    assert plan["plan_tokens_per_s"] == pytest.approx(2 * 989.5e12 * 0.4 / 1e6)
+
+
+def test_cases_that_need_one_process_run_side_by_side(model, tmp_path):
+    one = sizes(model).case("weak", model, "single", 1)
+    ended = run(tmp_path, one, replace(one, stage="fixed"))
+    begun = [outcome.events[0][0]["time"] for outcome in ended.values()]
+    assert [outcome.status for outcome in ended.values()] == ["ok", "ok"]
+    assert max(begun) < min(outcome.ended for outcome in ended.values())
+
+
+def test_other_data_are_found_out(model, tmp_path):
+    """Half a micro-batch on each rank is the same step; a whole one is not."""
+    one = sizes(model).case("parity", model, "single", 1)
+    two = replace(one, strategy="ddp", gpus=2)
+    ended = run(tmp_path, one, replace(two, micro_batch=1), replace(two, stage="planted"))
+    assert [outcome.status for outcome in ended.values()] == ["ok"] * 3
+    reference, half, whole = ended.values()
+    curve = results.curve(reference)
+    assert results.parity_row(two, half, curve)["status"] == "ok"
+    assert results.parity_row(two, whole, curve)["status"] == "differs"
+
+
+def test_a_case_that_fails_says_how(model, tmp_path):
+    one = sizes(model).case("weak", model, "single", 1)
+    huge = replace(one, model=write_model(tmp_path / "huge", vocab_size=10**13))
+    killed = replace(one, stage="checkpoint", gpus=2, strategy="ddp", steps=1000, save_at=((3, True),), kill=True)
+    ended = run(tmp_path, huge, killed)
+    assert [outcome.status for outcome in ended.values()] == ["OOM", "failed: rank 1 died (signal 9)"]
+    endless = replace(one, steps=10**6)
+    (outcome,) = run(tmp_path, endless, timeout=3).values()
+    assert outcome.status == "timeout after 3 s"
+    row = results.scaling_row(endless, outcome, 1.0, None)
+    assert (row["status"], "tokens_per_s" in row) == ("timeout after 3 s", False)
+
+
+def test_a_case_that_fails_is_a_row_and_the_others_go_on(tmp_path, capsys):
+    odd = write_model(tmp_path / "odd", ffn={"name": "swiglu", "d_ff": 63})
+    options = ["--micro_batch", "1", "--length", "8", "--steps", "1", "--output", str(tmp_path / "out")]
+    assert command.main([odd, "--stages", "weak", "--strategies", "fsdp2", "fsdp2_tp", *options]) == 1
+    rows = read(tmp_path / "out/scaling.csv")
+    why = "failed: ValueError: tensor_parallel_size is 2; it must divide ffn.d_ff 63"
+    assert [row["status"] for row in rows] == ["ok", "ok", "ok", why]
+    assert [row["tokens_per_s"] == "n/a" for row in rows] == [False, False, False, True]
+    printed = capsys.readouterr()
+    assert why in printed.out
+    assert "Traceback" in printed.err
+
+
+def outcome_of(curve: dict[int, tuple[float, float]]) -> Outcome:
+    events = [
+        {"step": step, "at": float(step), "loss": loss, "grad_norm": norm} for step, (loss, norm) in curve.items()
+    ]
+    done = {
+        "done": {"num_layers": 2, "parameters": 10, "window_s": 2.0, "steps": 4, "peak_flops": 1e3, "peak_bytes": 2**30}
+    }
+    return Outcome("ok", [[*events, done]], 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("planted", "status"),
+    [
+        ({}, "ok"),
+        ({3: (2.0 * (1 + 4e-4), 1.0)}, "differs"),
+        ({3: (2.0, 1.0 - 4e-3)}, "differs"),
+        ({3: (2.0, float("nan"))}, "differs"),
+    ],
+)
+def test_one_step_that_differs_is_found(planted, status, model):
+    case = sizes(model).case("parity", model, "ddp", 2)
+    reference = dict.fromkeys(range(1, 6), (2.0, 1.0))
+    row = results.parity_row(case, outcome_of(reference | planted), reference)
+    assert row["status"] == status
+    assert row["median_loss_difference"] == 0
+    with pytest.raises(ValueError, match="not those of the reference"):
+        results.differences(reference, {9: (2.0, 1.0)})
+
+
+def test_efficiency_and_mfu_of_known_times(model):
+    """4 steps of 8 sequences of 16 tokens in 2 s, on 2 GPUs of 1000 FLOP/s, 2 FLOPs a token."""
+    case = sizes(model).case("weak", model, "ddp", 2)
+    case = replace(case, micro_batch=4, warmup=1)
+    ended = outcome_of(dict.fromkeys(range(1, 6), (2.0, 1.0)))
+    ended.events[0][-1]["done"]["reserved_bytes"] = 2**31
+    ended.events[0].insert(0, {"started": True, "time": 0.0})
+    row = results.scaling_row(case, ended, 2.0, {"tokens_per_s_per_gpu": 160.0})
+    expected = {"tokens_per_s": 256.0, "tokens_per_s_per_gpu": 128.0, "efficiency": 0.8, "mfu": 0.256, "step_ms": 500.0}
+    assert {name: row[name] for name in expected} == pytest.approx(expected)
+    assert {name: row[name] for name in ("peak_gib", "reserved_gib", "start_s", "slowest_step_ms")} == pytest.approx(
+        {"peak_gib": 1.0, "reserved_gib": 2.0, "start_s": 1.0, "slowest_step_ms": 1000.0}
+    )
+
+
+def test_the_cases_of_eight_gpus(model):
+    eight = replace(sizes(model, *cases.STRATEGIES, processes=(1, 2, 4, 8)), global_batch=64)
+    baselines, weak = cases.weak(eight)
+    assert [case.strategy for case in baselines] == ["single"]
+    ways = [(case.strategy, case.gpus) for case in weak]
+    assert ways == [
+        *[("ddp", 2), ("ddp", 4), ("ddp", 8)],
+        *[(name, gpus) for name in ("fsdp2", "zero2", "zero3") for gpus in (1, 2, 4, 8)],
+        *[("fsdp2_tp", 2), ("fsdp2_tp", 4), ("fsdp2_tp", 8)],
+    ]
+    assert {case.global_batch / case.gpus for case in weak} == {MICRO_BATCH}
+    assert {case.global_batch for group in cases.fixed(eight) for case in group} == {64}
+    first, then = cases.parity(eight)
+    assert {case.global_batch for case in first + then} == {8 * MICRO_BATCH}
+    labels = [case.label for group in (baselines, weak, first, then) for case in group]
+    assert len(set(labels)) == len(labels)
+    assert {case.resume for case in then} <= {case.label for case in first if case.save_at}
+    with pytest.raises(ValueError, match="change it or --micro_batch"):
+        cases.fixed(replace(eight, global_batch=12))
+    assert cases.parity(replace(eight, processes=(1,))) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "name the model files"),
+        (["FILE", "FILE"], "the same folder and name"),
+        (["FILE", "--strategies", "zero2"], "need GPUs"),
+        (["FILE", "--processes", "0"], "--processes"),
+        (["FILE", "--steps", "0"], "--steps is 0"),
+        (["missing.yaml"], "missing.yaml is no model file"),
+        (["FILE", "--stages", "fixed", "--global_batch", "7"], "--global_batch 7"),
+    ],
+)
+def test_wrong_use_is_refused_before_anything_runs(options, message, model, tmp_path, capsys):
+    options = [model if option == "FILE" else option for option in options]
+    assert command.main([*options, "--output", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_visible_gpus_keep_their_names(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-3c")
+    assert command.gpu_slots() == ["5", "GPU-3c"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert command.gpu_slots() == ["0", "1"]
