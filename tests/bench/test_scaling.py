@@ -67,7 +67,9 @@ def measured(model, tmp_path_factory) -> tuple[int, Path]:
         str(output),
     ]
     stages = ["--stages", "weak", "parity", "checkpoint", "--strategies", "fsdp2"]
-    return command.main([model, *stages, *options]), output
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cases, "PARITY_STEPS", 20)
+        return command.main([model, *stages, *options]), output
 
 
 @pytest.mark.slow
@@ -96,19 +98,19 @@ def test_rows_hold_speeds_and_what_follows_from_them(measured, model):
 def test_two_processes_compute_what_one_does_and_continue_each_other(measured):
     rows = read(measured[1] / "parity.csv")
     assert [(row["strategy"], row["gpus"], row["continues"], row["steps"]) for row in rows] == [
-        ("single", "1", "n/a", "50"),
-        ("fsdp2", "2", "n/a", "50"),
-        ("fsdp2", "2", "single on 1", "25"),
-        ("single", "1", "fsdp2 on 2", "25"),
+        ("single", "1", "n/a", "20"),
+        ("fsdp2", "2", "n/a", "20"),
+        ("fsdp2", "2", "single on 1", "10"),
+        ("single", "1", "fsdp2 on 2", "10"),
     ]
     for row in rows:
         assert row["status"] == "ok"
         assert float(row["loss_difference"]) < 1e-5
         assert float(row["grad_norm_difference"]) < 1e-4
-        assert float(row["last_loss"]) < float(row["first_loss"]) - 0.01
+    assert float(rows[0]["last_loss"]) < float(rows[0]["first_loss"]) - 0.1
     assert float(rows[0]["first_loss"]) == pytest.approx(math.log(64), rel=0.05)
     curves = read(measured[1] / "curves.csv")
-    assert [int(row["step"]) for row in curves] == [*range(1, 51), *range(1, 51), *range(26, 51), *range(26, 51)]
+    assert [int(row["step"]) for row in curves] == [*range(1, 21), *range(1, 21), *range(11, 21), *range(11, 21)]
 
 
 @pytest.mark.slow
@@ -248,11 +250,13 @@ def test_the_cases_of_eight_gpus(model):
     ]
     assert {case.global_batch / case.gpus for case in weak} == {MICRO_BATCH}
     assert {case.global_batch for group in cases.fixed(eight) for case in group} == {64}
-    first, then = cases.parity(eight)
-    assert {case.global_batch for case in first + then} == {8 * MICRO_BATCH}
-    labels = [case.label for group in (baselines, weak, first, then) for case in group]
+    alone, together, continued = cases.parity(eight)
+    assert {case.global_batch for case in alone + together + continued} == {8 * MICRO_BATCH}
+    assert {case.strategy for case in alone} == {"single"}
+    assert {case.gpus for case in together} == {8}
+    labels = [case.label for group in (baselines, weak, alone, together, continued) for case in group]
     assert len(set(labels)) == len(labels)
-    assert {case.resume for case in then} <= {case.label for case in first if case.save_at}
+    assert {case.resume for case in continued} == {case.label for case in alone + together if case.save_at}
     with pytest.raises(ValueError, match="change it or --micro_batch"):
         cases.fixed(replace(eight, global_batch=12))
     assert cases.parity(replace(eight, processes=(1,))) == []

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs several GPUs of one host. Usage: tests/gpu/scaling.sh OUT [STAGE ...]   (OUT gets a folder a stage)
+# Everything that needs several GPUs of one host. Usage: tests/gpu/scaling.sh OUT [STAGE ...]   (a folder a stage in OUT)
 #   preflight   all-reduce bandwidth of each pair of GPUs, and of all of them
 #   weak        370M, FlashMHF and SwiGLU, every strategy, the same work for each GPU
 #   parity      the widths of 370M with 4 blocks: losses and gradient norms of 50 steps; saved on N GPUs, continued on M

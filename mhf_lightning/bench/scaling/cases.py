@@ -173,13 +173,11 @@ def _ways(sizes: Sizes) -> Iterable[tuple[str, int]]:
 
 
 def parity(sizes: Sizes) -> list[list[Case]]:
-    """Steps of the same global batch on one GPU and on all of them; then what was saved on N, continued on M."""
+    """Steps of the same global batch on one GPU, then on all of them; then what was saved on N, continued on M."""
     gpus = max(sizes.processes)
     if gpus == 1:
         return []
-    first: list[Case] = []
-    then: list[Case] = []
-    halfway = ((PARITY_STEPS // 2, False),)
+    alone, together, continued = [], [], []
     for model in sizes.models:
         cases = {}
         for strategy in ("single", *(strategy for strategy, n in _ways(sizes) if n == gpus)):
@@ -189,14 +187,17 @@ def parity(sizes: Sizes) -> list[list[Case]]:
                 accumulate=gpus if strategy == "single" else 1,
                 steps=PARITY_STEPS,
                 layers=PARITY_LAYERS,
-                save_at=halfway if strategy in ("single", "fsdp2") else (),
+                save_at=((PARITY_STEPS // 2, False),) if strategy in ("single", "fsdp2") else (),
             )
-        first += cases.values()
-        for saved in ("single", "fsdp2"):
-            for strategy, case in cases.items():
-                if saved in cases and strategy in SHARDED and (saved == "single") != (strategy == "single"):
-                    then.append(replace(case, save_at=(), resume=cases[saved].label))
-    return [first, then]
+        alone.append(cases["single"])
+        together += [case for strategy, case in cases.items() if strategy != "single"]
+        continued += [
+            replace(case, save_at=(), resume=cases[saved].label)
+            for saved in ("single", "fsdp2")
+            for strategy, case in cases.items()
+            if saved in cases and strategy in SHARDED and (saved == "single") != (strategy == "single")
+        ]
+    return [alone, together, continued]
 
 
 def checkpoint(sizes: Sizes) -> list[list[Case]]:

@@ -157,7 +157,7 @@ def sizes_of(args: argparse.Namespace, slots: list[str]) -> Sizes:
     names = [model_name(model) for model in args.models]
     if len(set(names)) < len(names):
         raise ValueError("two model files have the same folder and name; the tables could not tell them apart")
-    processes = sorted(args.processes or (divisors(len(slots)) if slots else CPU_PROCESSES))
+    processes = sorted(set(args.processes or (divisors(len(slots)) if slots else CPU_PROCESSES)))
     if processes[0] < 1 or (slots and processes[-1] > len(slots)):
         raise ValueError(f"--processes {processes}: they must be from 1 to the number of GPUs, {len(slots)}")
     for name in ("micro_batch", "global_batch", "length", "steps"):
@@ -214,7 +214,7 @@ class Results:
             self._write("scaling", row)
         status = outcome.status if row is None else row["status"]
         measure.say(f"    {case.label}: {status}, {outcome.seconds:.1f} s")
-        if outcome.log and row is not None:
+        if outcome.log and not results.deaths(outcome):
             measure.say(outcome.log)
         self.ok &= row is None or row["status"] in ("ok", "OOM")
 

@@ -138,6 +138,11 @@ def parity_row(case: Case, outcome: Outcome, reference: Curve | None) -> Row:
     return row | {"status": "ok" if alike else "differs"}
 
 
+def deaths(outcome: Outcome) -> list[dict[str, Any]]:
+    """Return the last lines of ranks that were to be killed."""
+    return [event for events in outcome.events for event in events if "killed" in event]
+
+
 def checkpoint_row(killed: tuple[Case, Outcome], resumed: Outcome, folder: Path) -> Row:
     """Return the row of a training that saved, was killed, and went on.
 
@@ -148,9 +153,9 @@ def checkpoint_row(killed: tuple[Case, Outcome], resumed: Outcome, folder: Path)
     """
     case, outcome = killed
     row = identity(case) | {"status": outcome.status}
-    deaths = [event for events in outcome.events for event in events if "killed" in event]
-    if not deaths:
+    if not deaths(outcome):
         return row
+    death = deaths(outcome)[0]
     saves = {bg: [e for events in outcome.events for e in events if e.get("background") is bg] for bg in (False, True)}
     in_background = min(saves[True], key=lambda event: event["time"])
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / GIB
@@ -169,14 +174,14 @@ def checkpoint_row(killed: tuple[Case, Outcome], resumed: Outcome, folder: Path)
         "background_stall_s": background_stall,
         "background_s": committed - in_background["time"] + in_background["stall_s"],
         **{"step_ms": 1e3 * statistics.median(quiet), "saved_step": max(saved_steps)},
-        "killed_step": deaths[0]["killed"],
-        "noticed_s": outcome.ended - deaths[0]["time"],
+        "killed_step": death["killed"],
+        "noticed_s": outcome.ended - death["time"],
     }
     if writing:
         row["background_step_ms"] = 1e3 * statistics.median(writing)
     if resumed.status != "ok":
         return row | {"status": f"not continued, {resumed.status}"}
-    killed_at = deaths[0]["time"]
+    killed_at = death["time"]
     row["started_s"] = max(_time(events, "started") for events in resumed.events) - killed_at
     row["loaded_s"] = max(_time(events, "training") for events in resumed.events) - killed_at
     row["recovery_s"] = max(_time(events, "step") for events in resumed.events) - killed_at
