@@ -1,4 +1,4 @@
-"""Picks the device kernels of the op: the one place that does. May import torch and, lazily, the backends.
+"""Picks the device kernels of the ops: the one place that does. May import torch and, lazily, the backends.
 
 A backend is anything with the members of `Backend`; a module will do. To add one: write the module, and add its line to
 `BACKENDS`.
@@ -6,6 +6,7 @@ A backend is anything with the members of `Backend`; a module will do. To add on
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 from typing import Protocol
@@ -40,6 +41,16 @@ class Backend(Protocol):
         """
 
 
+class Gate(Protocol):
+    """Kernels for R, between the router's weight and a backend. Inputs are checked already; strides are arbitrary."""
+
+    def forward(self, q: Tensor, router: Tensor) -> Tensor:
+        """Return R `[B, L, H, E]` of `router_weights`, in memory `[H, E, B, L]`."""
+
+    def backward(self, grad_r: Tensor, q: Tensor, router: Tensor, dq: Tensor | None) -> Tensor:
+        """Add to `dq`, where it is given, what R hands back to Q, and return the gradient of `router` in its dtype."""
+
+
 class BackendUnavailableError(ValueError):
     """`MHF_BACKEND` names a backend that does not exist, or that cannot run these inputs."""
 
@@ -51,6 +62,8 @@ BACKENDS = {
     "reference": "mhf_kernels.blocked",
 }
 NAMES = tuple(BACKENDS)
+GATE_KERNELS = "mhf_kernels.triton_router"  # for both kinds of kernels
+PLAIN_GATE = "mhf_kernels.blocked_router"
 
 
 def select(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> Backend:
@@ -72,6 +85,16 @@ def select(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> Backend:
             f"MHF_BACKEND={wanted} is not available here: {reason}; unset it, or set it to one of: auto, {others}"
         )
     return _load(wanted)
+
+
+def select_router(q: Tensor, router: Tensor) -> Gate:
+    """Return the gate for these inputs: kernels where they run, unless `MHF_BACKEND=reference`, else plain PyTorch."""
+    if os.environ.get("MHF_BACKEND") != "reference":
+        with contextlib.suppress(ImportError):
+            kernels = importlib.import_module(GATE_KERNELS)
+            if kernels.supports(q, router):
+                return kernels
+    return importlib.import_module(PLAIN_GATE)
 
 
 def why_not(name: str, q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> str | None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from mhf_kernels.functional import flash_mhf, router_weights
+from mhf_kernels.functional import flash_mhf
 from mhf_kernels.initialization import InitGains, LayerSizes, initial_scales
 
 
@@ -164,9 +164,7 @@ class FlashMHF(nn.Module):
 
     def _subnetworks(self, x: Tensor) -> Tensor:
         """Map `[B, L, d_model]` to S `[B, L, H, d_h]`: steps 1 to 4."""
-        q = self.queries(x)  # [B, L, H, d_h]
-        r = router_weights(q, self.router)  # [B, L, H, E]
-        return flash_mhf(q, self.k, self.u, self.v, r)
+        return flash_mhf(self.queries(x), self.k, self.u, self.v, router=self.router)
 
     def extra_repr(self) -> str:
         """Show sizes in `repr`."""
@@ -177,7 +175,7 @@ class FlashMHF(nn.Module):
 
 
 # S is kept in any case, as the input of W_out; so the op itself is never run again.
-_keep_the_ops_output = partial(create_selective_checkpoint_contexts, [torch.ops.mhf.flash_mhf.default])
+_keep_the_ops_output = partial(create_selective_checkpoint_contexts, [torch.ops.mhf.flash_mhf_routed.default])
 
 
 def _check_sizes(**sizes: int) -> None:

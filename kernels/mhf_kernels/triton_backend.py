@@ -42,7 +42,7 @@ class TileWarning(UserWarning):
 
 def supports(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> str | None:
     """Return None where these inputs can run here, else the reason why not."""
-    refusal = None if INTERPRETED else _device_refusal(q.device)
+    refusal = None if INTERPRETED else device_refusal(q.device)
     if refusal is not None:
         return refusal
     if q.dtype not in DTYPES:
@@ -55,7 +55,8 @@ def supports(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> str | Non
     return None
 
 
-def _device_refusal(device: torch.device) -> str | None:
+def device_refusal(device: torch.device) -> str | None:
+    """Return None where Triton's kernels run on this device, else the reason why not."""
     if device.type != "cuda":
         return f"the triton kernels run on CUDA devices, not on {device.type}"
     if torch.version.hip is not None:
@@ -119,7 +120,7 @@ def _forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor, o: Tensor, t
             **constants, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     if splits > 1:
-        _sum_splits(out, o)
+        sum_splits(out, o)
 
 
 def backward(
@@ -219,7 +220,7 @@ def _backward_weights(
     if splits > 1:
         for partials, total in zip(outs, (dk, du, dv), strict=True):
             if partials is not None and total is not None:
-                _sum_splits(partials, total)
+                sum_splits(partials, total)
 
 
 def weight_splits(programs: int, slots: int, tiles: int, block_m: int) -> int:
@@ -247,7 +248,8 @@ def weight_splits(programs: int, slots: int, tiles: int, block_m: int) -> int:
     return min(range(1, max(MOST_SPLITS, slots // programs) + 1), key=cost)
 
 
-def _sum_splits(partials: Tensor, out: Tensor) -> None:
+def sum_splits(partials: Tensor, out: Tensor) -> None:
+    """Write float32 `partials [splits, ...]`, summed over splits in a fixed order, to the contiguous `out [...]`."""
     splits = partials.shape[0]
     rows = triton.next_power_of_2(splits)
     block = max(32, 4096 // rows)

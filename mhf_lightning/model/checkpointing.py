@@ -14,9 +14,9 @@ ActivationCheckpointing = Literal["none", "full", "selective"]
 
 # What `selective` keeps: the outputs of attention and of FlashMHF's op. Both are costly to compute again and no larger
 # than the block's input. FlashMHF's output is the input of W_out, whose backward wants it; the op's backward wants Q
-# and R only, one matrix product away. All else is computed again: norms, projections, rotary, a SwiGLU's intermediate.
+# only, one matrix product away. All else is computed again: norms, projections, rotary, a SwiGLU's intermediate.
 KEPT_OPS = (
-    torch.ops.mhf.flash_mhf.default,
+    torch.ops.mhf.flash_mhf_routed.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,

@@ -6,6 +6,7 @@ the few operations whose memory differs are replaced here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -126,6 +127,16 @@ def _attention_backward(grad: Tensor, q: Tensor, *_: Any, **__: Any) -> int:
     return batch * heads * -(-length // 128) * 128 * (-(-d_head // 32) * 32 + 1) * 4
 
 
+def _gate(q: Tensor, k: Tensor, *_: Any, **__: Any) -> int:
+    """R, in float32."""
+    return math.prod(q.shape[:3]) * k.shape[1] * 4
+
+
+def _gate_backward(_grad: Tensor, q: Tensor, k: Tensor, *_: Any, **__: Any) -> int:
+    """R and dR."""
+    return 2 * _gate(q, k)
+
+
 def _logsumexp(x: Tensor, *_: Any, **__: Any) -> int:
     """Holds exp(x - max(x))."""
     return x.numel() * x.element_size()
@@ -138,12 +149,14 @@ KERNELS = frozenset(
         torch.ops.aten.bmm.default,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
-        torch.ops.mhf.flash_mhf.default,
-        torch.ops.mhf.flash_mhf_backward.default,
+        torch.ops.mhf.flash_mhf_routed.default,
+        torch.ops.mhf.flash_mhf_routed_backward.default,
     }
 )
 
 SCRATCH: dict[Any, Any] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _attention_backward,
     torch.ops.aten.logsumexp.default: _logsumexp,
+    torch.ops.mhf.flash_mhf_routed.default: _gate,
+    torch.ops.mhf.flash_mhf_routed_backward.default: _gate_backward,
 }

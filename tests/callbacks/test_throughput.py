@@ -123,7 +123,7 @@ def test_two_ranks(tmp_path):
 
 
 def test_flops_are_those_of_a_real_step_and_of_the_op():
-    """Forward and backward of the real decoder, and the op's share by hand: nine products of d_ff per head."""
+    """Forward and backward of the real decoder, and the op's share by hand: nine products of d_ff, three of the router."""
     tokens = torch.zeros(2, LENGTH, dtype=torch.int64)
     # CPU attention has no formula of its own; made of products, it is counted as the whole square of the sequence.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -134,13 +134,13 @@ def test_flops_are_those_of_a_real_step_and_of_the_op():
     d_h = CONFIG.d_model // ffn.num_heads
     q = torch.randn(2, LENGTH, ffn.num_heads, d_h)
     k = torch.randn(ffn.num_heads, ffn.num_subnetworks, ffn.d_e, d_h)
-    r = torch.rand(2, LENGTH, ffn.num_heads, ffn.num_subnetworks)
+    router = torch.randn(ffn.num_heads, d_h, ffn.num_subnetworks)
     with FlopCounterMode(display=False) as op:
-        flash_mhf(q, k, k, k, r)
-    by_hand = 2 * LENGTH * 3 * 2 * ffn.num_heads * ffn.num_subnetworks * ffn.d_e * d_h
+        flash_mhf(q, k, k, k, router=router)
+    by_hand = 2 * LENGTH * 2 * ffn.num_heads * ffn.num_subnetworks * d_h * (3 * ffn.d_e + 1)
     assert op.get_total_flops() == by_hand
-    assert counts["mhf.flash_mhf"] == CONFIG.num_layers * by_hand
-    assert counts["mhf.flash_mhf_backward"] == CONFIG.num_layers * 2 * by_hand
+    assert counts["mhf.flash_mhf_routed"] == CONFIG.num_layers * by_hand
+    assert counts["mhf.flash_mhf_routed_backward"] == CONFIG.num_layers * 2 * by_hand
 
 
 def test_every_known_device_has_a_peak_and_its_neighbours_have_none():

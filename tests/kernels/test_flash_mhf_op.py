@@ -138,8 +138,14 @@ BAD_INPUTS = {
     r"multiple of the heads of k.*k \[3,": lambda q, k, u, v, r: (q, k[:3], u[:3], v[:3], r),
     r"no dimension of size 0": lambda q, k, u, v, r: (q, k[:, :0], u[:, :0], v[:, :0], r[..., :0]),
     r"r must be \[B, L, H, E\] = \[2, 5, 4, 3\].*got \[2, 5, 4, 2\]": lambda q, k, u, v, r: (q, k, u, v, r[..., :2]),
-    r"one dtype.*k torch.bfloat16.*under torch.autocast": lambda q, k, u, v, r: (q, k.bfloat16(), u, v, r),
-    r"r that dtype or torch.float32.*r torch.float16": lambda q, k, u, v, r: (q, k, u, v, r.half()),
+    r"q, k, u and v must have one dtype.*k torch.bfloat16.*under torch.autocast": lambda q, k, u, v, r: (
+        q,
+        k.bfloat16(),
+        u,
+        v,
+        r,
+    ),
+    r"r must have the dtype of q, or be torch.float32.*r torch.float16": lambda q, k, u, v, r: (q, k, u, v, r.half()),
     r"one of .*got q torch.int64": lambda q, k, u, v, r: (q.long(), k, u, v, r),
     r"one device.*v meta": lambda q, k, u, v, r: (q, k, u, v.to("meta"), r),
 }

@@ -14,7 +14,7 @@ import torch
 import torch.multiprocessing as mp
 
 NAMES = ("q", "k", "u", "v", "r")
-ALL = "qkuvr"
+ALL = "qkuvr"  # r stands for the router too
 
 # name: (sizes B, L, H, H_kuv, E), dimensions along which q, k, u, v, r are split, which gradients are wanted.
 CASES = {
@@ -35,24 +35,36 @@ CASES = {
 REDISTRIBUTED = {
     "three K/U/V heads on two ranks": ((2, 5, 6, 3, 2), (2, 0, 0, 0, 2), ALL),
 }
+# The same with the router's weight in place of r.
+ROUTED = {
+    "routed, replicate": ((2, 5, 4, 4, 3), (None, None, None, None, None), ALL),
+    "routed, batch": ((2, 5, 4, 4, 3), (0, None, None, None, None), ALL),
+    "routed, batch, weights frozen": ((2, 5, 4, 4, 3), (0, None, None, None, None), "q"),
+    "routed, length, unevenly": ((2, 5, 4, 4, 3), (1, None, None, None, None), ALL),
+    "routed, grouped heads": ((2, 5, 4, 2, 3), (2, 0, 0, 0, 0), ALL),
+}
 
 
-def inputs_of(sizes: tuple[int, ...], wanted: str) -> list[torch.Tensor]:
+def inputs_of(sizes: tuple[int, ...], wanted: str, routed: bool) -> list[torch.Tensor]:
     batch, length, heads, kuv_heads, subnetworks = sizes
     generator = torch.Generator().manual_seed(0)
     weights = (kuv_heads, subnetworks, 6, 8)
-    shapes = ((batch, length, heads, 8), weights, weights, weights, (batch, length, heads, subnetworks))
+    gate = (heads, 8, subnetworks) if routed else (batch, length, heads, subnetworks)
+    shapes = ((batch, length, heads, 8), weights, weights, weights, gate)
     tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
     return [x.requires_grad_(name in wanted) for name, x in zip(NAMES, tensors, strict=True)]
 
 
-def check(mesh, sizes, dims, wanted, *, communicates: bool, compiled: bool = False) -> None:
+def check(mesh, sizes, dims, wanted, *, communicates: bool, compiled: bool = False, routed: bool = False) -> None:
     from mhf_kernels import flash_mhf
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
     from torch.distributed.tensor.debug import CommDebugMode
 
-    inputs = inputs_of(sizes, wanted)
-    expected = flash_mhf(*inputs)
+    def function(q, k, u, v, gate):
+        return flash_mhf(q, k, u, v, router=gate) if routed else flash_mhf(q, k, u, v, gate)
+
+    inputs = inputs_of(sizes, wanted, routed)
+    expected = function(*inputs)
     target = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     (expected * target).sum().backward()
 
@@ -60,7 +72,7 @@ def check(mesh, sizes, dims, wanted, *, communicates: bool, compiled: bool = Fal
         return distribute_tensor(x.detach(), mesh, [Replicate() if dim is None else Shard(dim)])
 
     split = [place(x, dim).requires_grad_(x.requires_grad) for x, dim in zip(inputs, dims, strict=True)]
-    op = torch.compile(flash_mhf, fullgraph=True) if compiled else flash_mhf
+    op = torch.compile(function, fullgraph=True) if compiled else function
     with nullcontext() if compiled else CommDebugMode() as forward_traffic:  # torch.compile refuses the debug mode
         o = op(*split)
     grad_o = place(target, dims[0])  # dO is split as Q is
@@ -81,6 +93,7 @@ def _rank(rank: int, port: int, folder: str) -> None:
     mesh = torch.distributed.init_device_mesh("cpu", (2,))
     runs = {name: {"case": case, "communicates": False} for name, case in CASES.items()}
     runs |= {name: {"case": case, "communicates": True} for name, case in REDISTRIBUTED.items()}
+    runs |= {name: {"case": case, "communicates": False, "routed": True} for name, case in ROUTED.items()}
     runs["compiled heads"] = {"case": CASES["heads"], "communicates": False, "compiled": True}
     results = {}
     for name, run in runs.items():
@@ -104,7 +117,7 @@ def results(tmp_path_factory) -> list[dict[str, str]]:
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.mark.parametrize("name", [*CASES, *REDISTRIBUTED, "compiled heads"])
+@pytest.mark.parametrize("name", [*CASES, *REDISTRIBUTED, *ROUTED, "compiled heads"])
 def test_split_equals_one_process(name, results):
     assert [rank[name] for rank in results] == ["", ""]
 

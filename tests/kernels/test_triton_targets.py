@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 import triton
-from mhf_kernels import triton_backend, triton_kernels, tuning
+from mhf_kernels import triton_backend, triton_kernels, triton_router, tuning
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -124,6 +124,34 @@ def test_decoding_up_to_64_tokens(arch, d_h, dtype, tokens):
     assert source == ("tuned" if arch == 90 else "default")
     tile = triton_backend.decode_tile(tile, torch.empty(1, tokens, 1, d_h, dtype=DTYPES[dtype]))
     check_it_fits(compiled("decode", arch, d_h, dtype, tile), arch)
+
+
+@pytest.mark.parametrize(
+    "kernel", [triton_router._forward_kernel, triton_router._backward_kernel], ids=["forward", "backward"]
+)
+@pytest.mark.parametrize(
+    ("arch", "d_h", "subnetworks", "dtype"),
+    [(80, 128, 11, "bf16"), (86, 256, 32, "bf16"), (90, 96, 22, "fp16"), (86, 256, 16, "fp32"), (120, 64, 16, "bf16")],
+)
+def test_the_gate_compiles_and_fits(kernel, arch, d_h, subnetworks, dtype):
+    q = torch.empty(1, 1, 1, d_h, dtype=DTYPES[dtype])
+    constants = triton_router._constants(q, torch.empty(1, d_h, subnetworks)) | {
+        "q_d": 1,
+        "r_l": 1,
+        "g_l": 1,
+        "NEED_Q": True,
+    }
+    signature, values = {}, {}
+    for name in kernel.arg_names:
+        if name in constants:
+            signature[name], values[name] = "constexpr", constants[name]
+        elif name in ("q", "dq"):
+            signature[name] = f"*{dtype}"
+        else:
+            signature[name] = "*fp32" if name in ("w", "r", "grad_r", "partials") else "i32"
+    source = ASTSource(fn=kernel, signature=signature, constexprs=values)
+    options = {"num_stages": constants["num_stages"]}
+    check_it_fits(triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options), arch)
 
 
 @pytest.mark.slow

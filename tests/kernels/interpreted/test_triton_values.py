@@ -115,9 +115,9 @@ def test_an_expanded_gradient():
 def test_splits_of_d_ff_and_of_tokens(monkeypatch, processors):
     """On a GPU with many multiprocessors, few tokens or few columns are split; the second pass adds them up."""
     launched = []
-    split_sum = triton_backend._sum_splits
+    split_sum = triton_backend.sum_splits
     monkeypatch.setattr(triton_backend, "multiprocessors", lambda device: processors)
-    monkeypatch.setattr(triton_backend, "_sum_splits", lambda p, o: (launched.append(p.shape[0]), split_sum(p, o)))
+    monkeypatch.setattr(triton_backend, "sum_splits", lambda p, o: (launched.append(p.shape[0]), split_sum(p, o)))
     for shape in [(1, 1, 2, 2, 3, 48, 32), (2, 70, 2, 1, 2, 48, 16), (5, 40, 1, 1, 1, 32, 16)]:
         check(make(shape))
     assert max(launched) >= 3
