@@ -123,7 +123,7 @@ def test_two_ranks(tmp_path):
 
 
 def test_flops_are_those_of_a_real_step_and_of_the_op():
-    """Forward and backward of the real decoder, and the op's share by hand: nine products of d_ff, three of the router."""
+    """Forward and backward of the real decoder, and the op's share: nine products of d_ff, three of the router."""
     tokens = torch.zeros(2, LENGTH, dtype=torch.int64)
     # CPU attention has no formula of its own; made of products, it is counted as the whole square of the sequence.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):

@@ -138,7 +138,7 @@ BAD_INPUTS = {
     r"multiple of the heads of k.*k \[3,": lambda q, k, u, v, r: (q, k[:3], u[:3], v[:3], r),
     r"no dimension of size 0": lambda q, k, u, v, r: (q, k[:, :0], u[:, :0], v[:, :0], r[..., :0]),
     r"r must be \[B, L, H, E\] = \[2, 5, 4, 3\].*got \[2, 5, 4, 2\]": lambda q, k, u, v, r: (q, k, u, v, r[..., :2]),
-    r"q, k, u and v must have one dtype.*k torch.bfloat16.*under torch.autocast": lambda q, k, u, v, r: (
+    r"must have one dtype.*k torch.bfloat16.*under torch.autocast": lambda q, k, u, v, r: (
         q,
         k.bfloat16(),
         u,
