@@ -131,9 +131,16 @@ class Runner:
         Returns:
             Whether none failed.
         """
+        running: dict[int, _Process] = {}
+        try:
+            return self._work(seconds, running)
+        finally:  # an error here must not leave processes behind: they save and leave
+            for process in running.values():
+                process.popen.terminate()
+
+    def _work(self, seconds: float, running: dict[int, _Process]) -> bool:
         begun = time.monotonic()
         stop_at, kill_at = begun + seconds - NOTICE_SECONDS, begun + seconds
-        running: dict[int, _Process] = {}
         failures = 0
         asked = False
         while True:

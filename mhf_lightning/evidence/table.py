@@ -93,6 +93,12 @@ class Summary:
         """Mean over seeds."""
         return statistics.fmean(run.loss for run in self.runs)
 
+    def minus(self, other: Summary) -> float | None:
+        """Return the mean difference of the losses over the seeds that both have; None without any."""
+        theirs = {run.seed: run.loss for run in other.runs}
+        differences = [run.loss - theirs[run.seed] for run in self.runs if run.seed in theirs]
+        return statistics.fmean(differences) if differences else None
+
     @property
     def bracketed(self) -> bool:
         """Whether both a smaller and a larger learning rate were worse."""
@@ -209,7 +215,7 @@ def _finite_first(loss: float) -> float:
 
 
 def summary_table(variants: dict[str, Summary]) -> str:
-    """Return the summaries of a size as a Markdown table."""
+    """Return the summaries of a size as a Markdown table; differences are over the seeds that both have."""
     heads = ["variant", "parameters", "lr (tried)", "seeds", "validation loss", f"- {BASELINE}", "perplexity"]
     heads += ["tokens/s", "MFU", "peak GiB", "seconds", "FLOPs"]
     lines = []
@@ -217,7 +223,7 @@ def summary_table(variants: dict[str, Summary]) -> str:
         runs = summary.runs
         tried = ", ".join(f"{lr:g}" for lr in summary.learning_rates)
         edge = "" if summary.bracketed else ", not bracketed"
-        difference = summary.loss - variants[BASELINE].loss if BASELINE in variants else None
+        difference = summary.minus(variants[BASELINE]) if BASELINE in variants else None
         mfus = [run.mfu for run in runs if run.mfu is not None]
         lines.append(
             [
@@ -306,7 +312,7 @@ def write(inputs: list[Path], out: Path) -> None:
         for base, group in pictures(variants).items():
             name = f"{size}.png" if base is None else f"{size}-{base}.png"
             draw(group, out / name)
-            parts.append(f"![validation loss at {size}]({name})")
+            parts.append(f"![validation loss{f' of {base} and its ablations' if base else ''} at {size}]({name})")
     parts += ["## Runs", run_table(runs)]
     (out / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
@@ -317,7 +323,6 @@ def pictures(variants: dict[str, Summary]) -> dict[str | None, dict[str, Summary
     groups: dict[str | None, dict[str, Summary]] = defaultdict(dict)
     for name, summary in variants.items():
         groups[base_of[name]][name] = summary
-    for base in list(groups):
-        if base is not None:
-            groups[base] = {base: variants[base], **groups[base]}
+    for base in sorted(base for base in groups if base is not None):
+        groups[base] = {base: variants[base], **groups.pop(base)}
     return dict(groups)

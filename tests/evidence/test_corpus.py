@@ -6,6 +6,7 @@ import shutil
 import pytest
 from tiny_packages import CONTEXT_LENGTH
 
+from mhf_lightning.cli import main
 from mhf_lightning.data import DataError, Manifest, load_tokenizer
 from mhf_lightning.evidence.corpus import File, find_files, look_at, make_corpus, without_duplicates
 
@@ -77,3 +78,11 @@ def test_without_packages_of_both_sides_there_is_no_corpus(packages, corpus, tmp
     shutil.copytree(packages / "second", tmp_path / "packages/second")
     with pytest.raises(DataError, match="no validation package"):
         make_corpus(tmp_path / "data", corpus / "tokenizer.json", tmp_path / "new.json", [tmp_path / "packages"])
+
+
+def test_the_command_takes_what_is_there(corpus, capfd):
+    options = {"--data": "data", "--tokenizer": "tokenizer.json", "--record": "corpus.json"}
+    with pytest.raises(SystemExit) as end:
+        main(["evidence", "corpus", *(part for key, name in options.items() for part in (key, str(corpus / name)))])
+    assert end.value.code == 0
+    assert "already prepared" in capfd.readouterr().err

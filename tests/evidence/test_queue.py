@@ -8,6 +8,7 @@ import time
 import pytest
 from tiny_packages import CONTEXT_LENGTH
 
+from mhf_lightning.cli import main
 from mhf_lightning.evidence import queue as module
 from mhf_lightning.evidence.queue import PACK, Runner, commit, expected_seconds, read_queue
 from mhf_lightning.evidence.table import read_runs
@@ -138,12 +139,12 @@ def test_a_run_that_was_cut_goes_on_where_its_folder_is(listed, tmp_path):
 
 
 class Ending:
-    """A process that has ended."""
+    """A process that has ended, with a code."""
 
-    def __init__(self, code: int) -> None:
+    def __init__(self, code: int | None) -> None:
         self.code = code
 
-    def poll(self) -> int:
+    def poll(self) -> int | None:
         return self.code
 
 
@@ -174,6 +175,24 @@ def test_states_by_how_a_process_ends_and_an_end_to_failures(listed, monkeypatch
     assert "a/run4/lr1-seed4: exit code 2" in capfd.readouterr().out
 
 
+class Going(Ending):
+    """A process that goes on until it is told to end."""
+
+    def terminate(self) -> None:
+        self.code = -signal.SIGTERM
+
+
+def test_an_error_leaves_no_process_behind(listed, monkeypatch):
+    runner = listed("a,x,,", "a,y,,")
+    processes = [Going(None), Ending(0)]
+    started = iter(processes)
+    monkeypatch.setattr(module.subprocess, "Popen", lambda *_, **__: next(started))
+    runner.out.write_text("no folder")
+    with pytest.raises(FileExistsError):
+        runner.work(HOUR)
+    assert processes[0].code == -signal.SIGTERM
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -199,3 +218,17 @@ def test_without_history_the_commit_must_be_given(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "__file__", str(tmp_path / "queue.py"))
     with pytest.raises(ValueError, match="set MHF_COMMIT"):
         commit()
+
+
+def test_the_command_ends_well_where_nothing_is_left(listed, corpus, tmp_path, capfd):
+    listed("a,x,done,5")
+
+    def run(data) -> int:
+        with pytest.raises(SystemExit) as end:
+            queue, out = str(tmp_path / "queue.csv"), str(tmp_path / "out")
+            main(["evidence", "run", "--seconds", "30", "--out", out, "--queue", queue, "--data", str(data)])
+        return end.value.code
+
+    assert run(corpus / "data") == 0
+    assert run(tmp_path / "nowhere") == 2
+    assert "make it with: mhf evidence corpus" in capfd.readouterr().err

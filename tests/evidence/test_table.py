@@ -97,7 +97,7 @@ def test_the_command_writes_tables_and_pictures(runs, tmp_path):
         f"| swiglu | {NON_EMBEDDING:,} | 0.002 (0.001, 0.002, 0.004) | 2 | 2.5000 ± {deviation:.4f} | +0.0000 |" in text
     )
     assert (
-        "| flash_mhf | 1,456 | 0.002 (0.002, not bracketed) | 1 | 1.7500 | -0.7500 | 3.500 | 500 | 25.0% | 1.62 |"
+        "| flash_mhf | 1,456 | 0.002 (0.002, not bracketed) | 1 | 1.7500 | -0.5000 | 3.500 | 500 | 25.0% | 1.62 |"
         in text
     )
     assert "| small | flash_mhf | 0.004 | 1 | 30 (cut) | 2.0000 | 4.000 | 500 | NVIDIA H100 | abc | `mhf fit" in text
