@@ -224,9 +224,9 @@ def test_the_command_ends_well_where_nothing_is_left(listed, corpus, tmp_path, c
     listed("a,x,done,5")
 
     def run(data) -> int:
+        files = ["--queue", str(tmp_path / "queue.csv"), "--out", str(tmp_path / "out"), "--data", str(data)]
         with pytest.raises(SystemExit) as end:
-            queue, out = str(tmp_path / "queue.csv"), str(tmp_path / "out")
-            main(["evidence", "run", "--seconds", "30", "--out", out, "--queue", queue, "--data", str(data)])
+            main(["evidence", "run", "--seconds", "30", *files])
         return end.value.code
 
     assert run(corpus / "data") == 0
