@@ -9,7 +9,7 @@ import math
 import pytest
 from training_processes import Results, run_cases
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.serial]
 STEPS = 20
 SHORT = 3
 
@@ -67,6 +67,32 @@ REFUSED = {
     ),
     "sizes": ({"strategy": "wrong_sizes"}, "must be the number of processes, which is 2"),
 }
+# Which steps are poisoned on the last rank only, with what, and how many skipped steps are allowed in a row.
+POISON = {"steps": [0, 2, 3], "rank": 1}
+POISONED = {
+    f"{strategy} {what}": {"strategy": strategy, "steps": 6, "poison": {**POISON, "what": what}}
+    for strategy in ("ddp", "fsdp2", "tp", "zero2", "zero3")
+    for what in ("loss", "gradient")
+}
+STOPPED = {
+    f"{strategy} stops": {
+        "strategy": strategy,
+        "steps": 6,
+        "poison": {**POISON, "what": "loss"},
+        "module": {"max_skipped_steps": 1},
+    }
+    for strategy in ("ddp", "fsdp2", "zero2", "zero3")
+}
+ABORTED = {
+    "ddp aborts": {
+        "strategy": "ddp",
+        "steps": 3,
+        "poison": {**POISON, "what": "gradient"},
+        "module": {"max_skipped_steps": 0},
+    }
+}
+# Ranks of one split replica reduce neither loss nor gradients between them: only the explicit agreement helps.
+ONE_SIDED = {"tp reported loss": {"strategy": "tp", "steps": 6, "poison": {**POISON, "what": "reported loss"}}}
 
 
 def marks(name: str) -> list:
@@ -98,6 +124,7 @@ def two(tmp_path_factory) -> Results:
     cases = {name: {**case, "steps": STEPS} for name, (world, case) in LONG.items() if world == 2}
     cases |= {name: {**case, "steps": SHORT} for name, case in {**VARIANTS, **BF16}.items()}
     cases |= {name: {**case, "steps": SHORT} for name, (case, _) in REFUSED.items()}
+    cases |= {**POISONED, **ONE_SIDED, **STOPPED, **ABORTED}
     cases |= {f"{name} dropout": {"strategy": name, "steps": SHORT, "dropout": 0.2} for name in ("tp", "fsdp2")}
     return run_cases(available(cases), 2, tmp_path_factory.mktemp("two"))
 
@@ -160,69 +187,34 @@ def test_gradients_are_reduced_once_a_step(two):
     assert differ == [True, True, False] * STEPS
 
 
-# Which steps are poisoned on the last rank only, with what, and how many skipped steps are allowed in a row.
-POISON = {"steps": [0, 2, 3], "rank": 1}
-POISONED = {
-    f"{strategy} {what}": {"strategy": strategy, "steps": 6, "poison": {**POISON, "what": what}}
-    for strategy in ("ddp", "fsdp2", "tp", "zero2", "zero3")
-    for what in ("loss", "gradient")
-}
-STOPPED = {
-    f"{strategy} stops": {
-        "strategy": strategy,
-        "steps": 6,
-        "poison": {**POISON, "what": "loss"},
-        "module": {"max_skipped_steps": 1},
-    }
-    for strategy in ("ddp", "fsdp2", "zero2", "zero3")
-}
-ABORTED = {
-    "ddp aborts": {
-        "strategy": "ddp",
-        "steps": 3,
-        "poison": {**POISON, "what": "gradient"},
-        "module": {"max_skipped_steps": 0},
-    }
-}
-
-
-# Ranks of one split replica reduce neither loss nor gradients between them: only the explicit agreement helps.
-ONE_SIDED = {"tp reported loss": {"strategy": "tp", "steps": 6, "poison": {**POISON, "what": "reported loss"}}}
-
-
-@pytest.fixture(scope="module")
-def poisoned(tmp_path_factory) -> Results:
-    return run_cases(available({**POISONED, **ONE_SIDED, **STOPPED, **ABORTED}), 2, tmp_path_factory.mktemp("poisoned"))
-
-
 @pytest.mark.parametrize("name", parameters(POISONED))
-def test_a_step_that_is_not_finite_on_one_rank_leaves_no_trace_on_any(name, poisoned):
-    for rank in poisoned:
+def test_a_step_that_is_not_finite_on_one_rank_leaves_no_trace_on_any(name, two):
+    for rank in two:
         result = rank[name]
         assert "error" not in result, result["traceback"]
         assert result["skipped_steps"] == 3
         # Weights and optimiser before each step against those before the next: bitwise the same where it was left out.
         assert result["changed"] == [False, True, False, False, True]
         assert [not math.isfinite(x) for x in result["grad_norm"]] == [True, False, True, True, False, False]
-        healthy = poisoned[0]["ddp loss"]["grad_norm"]
+        healthy = two[0]["ddp loss"]["grad_norm"]
         assert [result["grad_norm"][i] for i in (1, 4, 5)] == pytest.approx([healthy[i] for i in (1, 4, 5)], rel=1e-5)
 
 
-def test_ranks_of_a_split_replica_agree(poisoned):
-    for rank in poisoned:
+def test_ranks_of_a_split_replica_agree(two):
+    for rank in two:
         assert rank["tp reported loss"]["skipped_steps"] == 3
         assert rank["tp reported loss"]["changed"] == [False, True, False, False, True]
 
 
 @pytest.mark.parametrize("name", parameters(STOPPED))
-def test_too_many_in_a_row_stop_every_rank_with_the_samples(name, poisoned):
-    for rank in poisoned:
+def test_too_many_in_a_row_stop_every_rank_with_the_samples(name, two):
+    for rank in two:
         assert rank[name]["error"].startswith("NonFiniteError: step 3: ")
         # Rank 1 reads the last two of every four samples; step 3 is micro-batches 9, 10 and 11.
         assert "not finite: 38, 39, 42, 43, 46, 47." in rank[name]["error"]
 
 
-def test_zero_aborts_at_once(poisoned):
-    for rank in poisoned:
+def test_zero_aborts_at_once(two):
+    for rank in two:
         assert rank["ddp aborts"]["error"].startswith("NonFiniteError: step 0: ")
         assert "of the step: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11." in rank["ddp aborts"]["error"]

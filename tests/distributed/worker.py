@@ -6,6 +6,7 @@ that Lightning starts no process itself. All cases of a file share the start-up.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -50,9 +51,8 @@ class CPUDeepSpeed(MHFDeepSpeed):
         DDPStrategy.setup_environment(self)
 
     def setup_distributed(self) -> None:
-        import deepspeed.comm.torch
-
-        deepspeed.comm.torch.build_shm_op = lambda: None  # else a shared-memory collective is compiled for a minute
+        # Else a shared-memory collective is compiled for a minute. (`deepspeed.comm.torch` is torch itself.)
+        vars(importlib.import_module("deepspeed.comm.torch"))["build_shm_op"] = lambda: None
         self.set_world_ranks()
         self._init_deepspeed_distributed()
 
