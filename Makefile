@@ -15,7 +15,8 @@ train: $(READY)
 	$(VENV)/bin/mhf fit --config configs/model/flash_mhf.yaml --config configs/quickstart.yaml --run_dir $(RUN)
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile -m "not serial and not gpu"; \
+	parallel=$$?; $(VENV)/bin/python -m pytest -m "serial or gpu" && exit $$parallel
 
 test-fast: $(READY)
 	$(VENV)/bin/python -m pytest -m "not slow"

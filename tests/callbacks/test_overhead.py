@@ -61,6 +61,7 @@ def measure() -> dict[str, tuple[float, float]]:
 
 
 @pytest.mark.slow
+@pytest.mark.serial
 def test_the_callbacks_cost_little_on_the_host():
     found = measure()
     assert 0 < sum(ordinary for ordinary, _ in found.values()) < 2

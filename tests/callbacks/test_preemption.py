@@ -16,6 +16,8 @@ from mhf_lightning.callbacks.preemption import EXIT_PREEMPTED
 from mhf_lightning.checkpoint.folder import checkpoints
 from mhf_lightning.data.prepare import prepare
 
+pytestmark = [pytest.mark.slow, pytest.mark.serial]
+
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> str:
@@ -46,7 +48,6 @@ MOMENTS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", MOMENTS)
 def test_both_ranks_save_leave_and_go_on(whole, corpus, tmp_path, name):
     options, step = MOMENTS[name]
@@ -65,14 +66,12 @@ def test_both_ranks_save_leave_and_go_on(whole, corpus, tmp_path, name):
     assert losses(after, "validated") == losses(whole, "validated")
 
 
-@pytest.mark.slow
 def test_a_signal_during_compilation(corpus, tmp_path):
     case = Case(tmp_path, corpus, moment="compilation", ranks=(0, 1), compile_blocks=True)
     assert wait(case, start(case), 400) == [EXIT_PREEMPTED, EXIT_PREEMPTED], output(case)
     assert any("sent" in event for event in events(case))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("ignored", [False, True])
 def test_a_signal_during_imports(corpus, tmp_path, ignored):
     """To the real command, also started as slurm/rank.sh does, with the signals ignored."""

@@ -9,6 +9,7 @@ from mhf_lightning.checkpoint.folder import checkpoints, verify
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.serial,
     pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the extra 'deepspeed'"),
 ]
 

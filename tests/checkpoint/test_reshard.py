@@ -8,6 +8,8 @@ from small_run import Run, Started, assert_equal, expected_history, finish, hist
 from mhf_lightning.checkpoint.export import export_full
 from mhf_lightning.checkpoint.trained import read_trained
 
+pytestmark = pytest.mark.serial
+
 
 @pytest.fixture
 def base(small_corpus, tmp_path) -> Run:

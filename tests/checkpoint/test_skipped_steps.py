@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 from small_run import Run, Started, finish, replace
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.serial]
 no_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the extra 'deepspeed'")
 
 

@@ -15,7 +15,7 @@ from training_processes import Results, run_processes
 from mhf_lightning.checkpoint import verify
 from mhf_lightning.data.prepare import prepare
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.serial]
 ROOT = Path(__file__).parents[2]
 GLOBAL_BATCH = 4
 PROMPT = "def read("

@@ -8,6 +8,7 @@ from small_run import Run, Started, assert_equal, finish, history, losses, repla
 
 from mhf_lightning.checkpoint.folder import checkpoints, find_newest_valid, verify
 
+pytestmark = pytest.mark.serial
 FILES = [
     "shard-00000.safetensors",
     "shard-00001.safetensors",

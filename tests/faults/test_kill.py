@@ -15,6 +15,7 @@ from small_run import Run, Started, assert_equal, expected_history, finish, hist
 
 from mhf_lightning.checkpoint.folder import checkpoints, find_newest_valid, verify
 
+pytestmark = pytest.mark.serial
 FULL = os.environ.get("MHF_FAULTS") == "full"
 KILLS = 20 if FULL else 3
 KILLS_IN_A_SAVE = 50 if FULL else 5

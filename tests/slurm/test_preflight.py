@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from cluster import Cluster, run
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.serial]
 ROOT = Path(__file__).parents[2]
 PREFLIGHT = ROOT / "slurm/preflight.sbatch"
 WAIT = 240

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 from job import FULL, ROOT
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.serial]
 full_only = pytest.mark.skipif(not FULL, reason="one of make test-faults")
 
 
