@@ -5,10 +5,11 @@
 #   sweeps   mhf bench layer over L, d_model and d_h
 #   model    mhf bench model: the 1.3B and the 370M models of the paper, FlashMHF against SwiGLU and MH-FFN
 #   generate mhf bench generate: the 1.3B models, FlashMHF against SwiGLU
+#   sanitize every kernel once under compute-sanitizer: memory accesses, then races in shared memory
 # Without a stage: check and layer. Each stage goes on where one of its parts fails; the exit code tells.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
-out=${1:?usage: tests/gpu/run.sh OUT [check|layer|sweeps|model|generate ...]}
+out=${1:?usage: tests/gpu/run.sh OUT [check|layer|sweeps|model|generate|sanitize ...]}
 shift
 python=${PYTHON:-python3}
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}"
@@ -44,6 +45,12 @@ for stage in "${@:-check layer}"; do
         generate)  # without eager, which takes as long as all else and is bound by the host
             files=(configs/paper/1.3b/{swiglu,flash_mhf_release}.yaml)
             mhf bench generate "${files[@]}" --modes graph compiled --output "$out/generate-1.3b"
+            ;;
+        sanitize)
+            for tool in memcheck racecheck; do
+                compute-sanitizer --tool $tool --error-exitcode 9 "$python" tests/gpu/sanitized.py > "$out/$tool.log" 2>&1 || status=1
+                tail -n 3 "$out/$tool.log"
+            done
             ;;
         *)
             echo "unknown stage $part" >&2
