@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked import mhf
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -25,15 +26,12 @@ def commands(text: str = README) -> list[list[str]]:
 def run(words: list[str], folder: Path) -> None:
     if words[1] == "fit":
         words = [*words, *SHORT]
+    if "--trainer.devices" not in words:
+        mhf(*words[1:], folder=folder)
+        return
+    command = [sys.executable, "-m", "mhf_lightning.cli", *words[1:]]  # that Lightning starts again for each device
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "mhf_lightning.cli", *words[1:]],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}{done.stderr}"
 
 

@@ -3,10 +3,9 @@
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import yaml
@@ -151,14 +150,6 @@ def test_weights_of_another_architecture_do_not_start_a_run(tmp_path):
         load_weights(decoder, tmp_path / "none.safetensors")
 
 
-def fit(*args: str, code: int = 0) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-    command = [sys.executable, "-m", "mhf_lightning.cli", "fit", *args]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
 def validations(run: Path) -> dict[int, float]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -174,7 +165,7 @@ def test_a_trained_run_goes_out_and_comes_back_into_training(tmp_path, capsys):
     cpu += ["--model.schedule.warmup_steps", "2", "--checkpoint.every_n_steps", "6"]
     sizes = ["--config", str(ROOT / "configs/model/flash_mhf.yaml"), "--model.decoder.d_model", "64"]
     sizes += ["--model.decoder.vocab_size", str(VOCAB), "--model.decoder.num_layers", "1"]
-    fit(*sizes, *cpu, "--run_dir", str(tmp_path / "first"))
+    forked.mhf("fit", *sizes, *cpu, "--run_dir", str(tmp_path / "first"))
     trained = validations(tmp_path / "first")
     mhf(capsys, "export", "--to", "hf", str(tmp_path / "first"), str(tmp_path / "hf"))
     card = (tmp_path / "hf/README.md").read_text()
@@ -182,10 +173,11 @@ def test_a_trained_run_goes_out_and_comes_back_into_training(tmp_path, capsys):
     assert f"loss {trained[5]:.3f}"[:-1] in card
     mhf(capsys, "import", str(tmp_path / "hf"), str(tmp_path / "start"))
     start = ["--config", str(tmp_path / "start/model.yaml")]
-    fit(*start, *cpu, "--run_dir", str(tmp_path / "second"))
+    forked.mhf("fit", *start, *cpu, "--run_dir", str(tmp_path / "second"))
     again = validations(tmp_path / "second")
     assert math.isclose(again[0], trained[5], abs_tol=1e-5)
     assert again[5] < again[0] < trained[0]
 
     (tmp_path / "start/model.safetensors").unlink()
-    fit(*start, *cpu, "--run_dir", str(tmp_path / "second"), "--ckpt_path", "auto", "--trainer.max_steps", "7")
+    more = ["--ckpt_path", "auto", "--trainer.max_steps", "7"]
+    forked.mhf("fit", *start, *cpu, "--run_dir", str(tmp_path / "second"), *more)

@@ -1,27 +1,17 @@
 """The commands and the Python of the READMEs of hf and evaluation run as they stand, one after the other."""
 
 import email
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from forked import mhf
 from made_run import CONTEXT, build, make_corpus, make_run
 
 PACKAGE = Path(__file__).parents[2] / "mhf_lightning"
 pytestmark = pytest.mark.slow
-
-
-def run(words: list[str], folder: Path) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "mhf_lightning.cli", *words]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, f"{words}\n{done.stdout}{done.stderr}"
-    return done.stdout
 
 
 @pytest.fixture
@@ -47,7 +37,7 @@ def test_hf(folder, monkeypatch, capsys):
             words += ["--context_length", "64"]
         if words[0] == "fit":  # a run of two steps
             words += ["--trainer.max_steps", "2", "--model.schedule.warmup_steps", "1", "--trainer.accelerator", "cpu"]
-        run(words, folder)
+        mhf(*words, folder=folder)
     assert (folder / "runs/more/config.yaml").exists()
     assert (folder / "out/mine.json").exists()
     monkeypatch.chdir(folder)
@@ -68,7 +58,7 @@ def test_evaluation(folder):
     listed = commands(readme)
     assert f"--stride {CONTEXT}" in readme
     for words in listed:
-        printed = run(words, folder)
+        printed = mhf(*words, folder=folder)
     assert printed.startswith("def f(")
     names = {path.name for path in (folder / "runs/mine/eval").iterdir()}
     assert names == {"held_out-step-7.json", "blocks-step-7.json", "mine-step-7.json"}

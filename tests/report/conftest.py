@@ -7,7 +7,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from report_runs import mhf
+from forked import mhf
 
 from mhf_lightning.data.prepare import prepare
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import re
 import shutil
 import socket
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from forked import mhf
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -30,16 +30,6 @@ SMALL = [
     *("--model.decoder.ffn.d_e", "32", "--trainer.limit_val_batches", "3", "--trainer.val_check_interval", "4"),
     *("--trainer.log_every_n_steps", "1", "--checkpoint.every_n_steps", "4", "--model.schedule.warmup_steps", "2"),
 ]
-
-
-def mhf(*args: str, code: int = 0) -> str:
-    """Run `python -m mhf_lightning.cli`; return what it printed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-    done = subprocess.run(
-        [sys.executable, "-m", "mhf_lightning.cli", *args], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +218,8 @@ def test_interpolation_follows_a_later_flag(corpus, tmp_path):
 
 def test_help_version_and_completion():
     start = time.perf_counter()
-    assert "mhf fit" in mhf("--help")
+    command = [sys.executable, "-m", "mhf_lightning.cli", "--help"]
+    assert "mhf fit" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert time.perf_counter() - start < 5
     assert mhf("--version").startswith("mhf-lightning ")
     completion = mhf("--print_completion=shtab-bash")
