@@ -165,6 +165,12 @@ def test_bfloat16_is_close_to_float32(name, single, two):
     check(two, name, single[name], 5e-3)
 
 
+@pytest.mark.parametrize("name", ["fsdp2 bf16-mixed", "fsdp2 bf16-true"])
+def test_gradients_are_reduced_in_float32(name, two):
+    for rank in two:
+        assert rank[name]["reduced_types"] == ["torch.float32"]
+
+
 @pytest.mark.parametrize("name", parameters(REFUSED))
 def test_what_does_not_work_is_refused_at_the_start(name, two):
     for rank in two:

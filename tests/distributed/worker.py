@@ -98,14 +98,16 @@ class Record(Callback):
             self.grad_norm.append(trainer.callback_metrics["train/grad_norm"].item())
 
 
-# Calls by FSDP2 since the last micro-batch ended; it calls the one of the two functions that is newer.
+# Calls by FSDP2 since the last micro-batch ended, and the types of the case; it calls the newer one of two functions.
 reduce_scatters = [0]
+reduced_types: set[str] = set()
 NAME = next(n for n in ("reduce_scatter_single", "reduce_scatter_tensor") if hasattr(torch.distributed, n))
 real_reduce_scatter = getattr(torch.distributed, NAME)
 
 
 def counted_reduce_scatter(*args: Any, **kwargs: Any) -> Any:
     reduce_scatters[0] += 1
+    reduced_types.update(str(x.dtype) for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
     return real_reduce_scatter(*args, **kwargs)
 
 
@@ -195,6 +197,7 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
     if "poison" in case:
         module.poison, module.changed = case["poison"], []
     record = Record()
+    reduced_types.clear()
     trainer = Trainer(
         accelerator="cpu",
         devices=1 if case["strategy"] == "single" else world,
@@ -213,7 +216,7 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
     trainer.fit(module, Blocks(steps, accumulate))
     result = {"loss": record.loss, "grad_norm": record.grad_norm, "tokens_seen": module.tokens_seen}
     result |= {"reduce_scatters": record.reduce_scatters, "gradients": record.gradients}
-    result["skipped_steps"] = module.skipped_steps
+    result |= {"skipped_steps": module.skipped_steps, "reduced_types": sorted(reduced_types)}
     if "poison" in case:
         result["changed"] = module.changed
     whole = [p for p in module.decoder.parameters() if not isinstance(p, DTensor) or p.device_mesh.ndim == 1]
