@@ -137,11 +137,6 @@ def _gate_backward(_grad: Tensor, q: Tensor, k: Tensor, *_: Any, **__: Any) -> i
     return 2 * _gate(q, k)
 
 
-def _logsumexp(x: Tensor, *_: Any, **__: Any) -> int:
-    """Holds exp(x - max(x))."""
-    return x.numel() * x.element_size()
-
-
 # What Inductor calls as a kernel; all else it fuses.
 KERNELS = frozenset(
     {
@@ -156,7 +151,6 @@ KERNELS = frozenset(
 
 SCRATCH: dict[Any, Any] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _attention_backward,
-    torch.ops.aten.logsumexp.default: _logsumexp,
     torch.ops.mhf.flash_mhf_routed.default: _gate,
     torch.ops.mhf.flash_mhf_routed_backward.default: _gate_backward,
 }

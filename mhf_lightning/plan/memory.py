@@ -61,7 +61,7 @@ class Step:
 
 
 def trace(step: Step, *, large_workspace: bool = True) -> LiveMemory:
-    """Run two steps of rank 0 on fake tensors; the second starts with optimiser state and old gradients.
+    """Run two steps of rank 0 on fake tensors; the second starts with optimiser state.
 
     Args:
         step: What to run.
@@ -129,15 +129,14 @@ class _Run:
         self.memory.tag([parameter.grad], "gradients")
 
     def step(self, micro_batches: int) -> None:
-        """Run in Lightning's order: old gradients are dropped after the forward."""
+        """Run in the order of the training module: old gradients are dropped before the forward."""
+        self.optimizer.zero_grad()
         for micro_batch in range(micro_batches):
             with self.autocast():
                 sums = self.decoder(**self.batch)
             assert isinstance(sums, LossSums)
             loss = sums.nll / self.batch["labels"].numel()
             del sums
-            if micro_batch == 0:
-                self.optimizer.zero_grad()
             self.backward(loss, is_last=micro_batch == micro_batches - 1)
             del loss
             if micro_batch < micro_batches - 1:

@@ -287,7 +287,12 @@ class PretrainModule(LightningModule):
         )
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Remember the size of a micro-batch, the same for all of a run, and count tokens over all ranks."""
+        """Remember the size of a micro-batch, the same for all of a run, and count tokens over all ranks.
+
+        The last step's gradients go now; Lightning would hold them through the forward, at whose end memory peaks.
+        """
+        if not self._window:
+            self.decoder.zero_grad()
         self._positions_per_batch = batch["labels"].numel()
         self.tokens_seen += self._positions_per_batch * data_parallel_ranks(self.trainer)[1]
 
