@@ -11,6 +11,9 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from mhf_kernels.functional import flash_mhf
 from mhf_kernels.initialization import InitGains, LayerSizes, initial_scales
+from mhf_kernels.reference import softmax_weights
+
+GATES = ("sigmoid", "softmax")
 
 
 class HeadRMSNorm(nn.Module):
@@ -62,6 +65,7 @@ class FlashMHF(nn.Module):
         num_kuv_heads: H_kuv, K/U/V heads; several query heads share one where it is smaller. None: num_heads.
         query_norm: RMSNorm each head of Q.
         skip_linear: leave out W_in and W_out.
+        gate: `sigmoid`, the paper's R, or `softmax` over the sub-networks, an ablation, which PyTorch computes.
         recompute_queries: keep X and S for the backward, and compute Q and R from X again: about 40% of the memory, for
             one more product with W_in.
         norm_eps: epsilon of the query norm.
@@ -71,7 +75,7 @@ class FlashMHF(nn.Module):
         dtype: dtype of the parameters.
 
     Raises:
-        ValueError: sizes that do not fit together, or an unknown initialisation.
+        ValueError: sizes that do not fit together, or an unknown gate or initialisation.
     """
 
     def __init__(
@@ -84,6 +88,7 @@ class FlashMHF(nn.Module):
         num_kuv_heads: int | None = None,
         query_norm: bool = True,
         skip_linear: bool = False,
+        gate: str = "sigmoid",
         recompute_queries: bool = False,
         norm_eps: float = 1e-6,
         initialization: str = "variance_matched",
@@ -101,9 +106,11 @@ class FlashMHF(nn.Module):
             d_e=d_e,
             num_kuv_heads=num_kuv_heads,
         )
+        if gate not in GATES:
+            raise ValueError(f"gate is {gate!r}; it must be one of {', '.join(GATES)}")
         self.d_model, self.num_heads, self.d_h = d_model, num_heads, d_model // num_heads
         self.num_subnetworks, self.d_e, self.num_kuv_heads = num_subnetworks, d_e, num_kuv_heads
-        self.initialization, self.recompute_queries = initialization, recompute_queries
+        self.initialization, self.gate, self.recompute_queries = initialization, gate, recompute_queries
         sizes = LayerSizes(d_model, self.d_h, num_subnetworks, query_norm=query_norm, has_linear=not skip_linear)
         self.scales = initial_scales(initialization, sizes, gains)
 
@@ -164,7 +171,10 @@ class FlashMHF(nn.Module):
 
     def _subnetworks(self, x: Tensor) -> Tensor:
         """Map `[B, L, d_model]` to S `[B, L, H, d_h]`: steps 1 to 4."""
-        return flash_mhf(self.queries(x), self.k, self.u, self.v, router=self.router)
+        q = self.queries(x)  # [B, L, H, d_h]
+        if self.gate == "softmax":
+            return flash_mhf(q, self.k, self.u, self.v, softmax_weights(q, self.router))
+        return flash_mhf(q, self.k, self.u, self.v, router=self.router)
 
     def extra_repr(self) -> str:
         """Show sizes in `repr`."""
@@ -175,7 +185,8 @@ class FlashMHF(nn.Module):
 
 
 # S is kept in any case, as the input of W_out; so the op itself is never run again.
-_keep_the_ops_output = partial(create_selective_checkpoint_contexts, [torch.ops.mhf.flash_mhf_routed.default])
+_OPS = [torch.ops.mhf.flash_mhf_routed.default, torch.ops.mhf.flash_mhf.default]
+_keep_the_ops_output = partial(create_selective_checkpoint_contexts, _OPS)
 
 
 def _check_sizes(**sizes: int) -> None:

@@ -35,6 +35,14 @@ def router_weights(q: Tensor, router: Tensor) -> Tensor:
         return s / s.sum(dim=-1, keepdim=True).clamp_min(LEAST_SUM)
 
 
+def softmax_weights(q: Tensor, router: Tensor) -> Tensor:
+    """Compute `softmax(P)` in place of the gate, an ablation of it; shapes, dtypes and layout as `router_weights`."""
+    wide = gate_dtype(q, router)
+    with without_autocast(q.device.type):
+        p = torch.einsum("blhd,hde->hebl", q.to(wide), router.to(wide)).permute(2, 3, 0, 1)
+        return p.softmax(dim=-1)
+
+
 def router_weights_backward(grad_r: Tensor, q: Tensor, router: Tensor) -> tuple[Tensor, Tensor]:
     """Compute `dP = R (1 - sigmoid(P)) (dR - sum_e R dR)`, and return `dQ = dP W^T` and `dW = Q^T dP`, both wide.
 

@@ -108,8 +108,9 @@ class RouterHealth(Callback):
 
     It takes one sequence of each rank's current batch through the decoder once more, without gradients and uncompiled,
     and looks at ``SAMPLED_TOKENS`` of its tokens in each layer; values are means over the data-parallel ranks. All
-    ranks take part, as the forward of a sharded model asks for. DeepSpeed's ZeRO-3 records the order in which it
-    gathers weights, which such a forward would upset: with it there is no look at the routers.
+    ranks take part, as the forward of a sharded model asks for. Layers with a softmax gate, which has no sigmoids, are
+    passed over. DeepSpeed's ZeRO-3 records the order in which it gathers weights, which such a forward would upset:
+    with it there is no look at the routers.
 
     Costs a forward of one sequence every ``every_n_steps``.
     """
@@ -128,7 +129,7 @@ class RouterHealth(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: PretrainModule) -> None:  # type: ignore[override]
         """Find the layers."""
         ffns = {i: block.ffn for i, block in enumerate(pl_module.decoder.blocks)}
-        self._layers = {i: ffn for i, ffn in ffns.items() if isinstance(ffn, FlashMHF)}
+        self._layers = {i: ffn for i, ffn in ffns.items() if isinstance(ffn, FlashMHF) and ffn.gate == "sigmoid"}
         if not self.every_n_steps:
             self._layers = {}
         if self._layers and getattr(trainer.strategy, "zero_stage_3", False):

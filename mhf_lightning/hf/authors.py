@@ -94,6 +94,8 @@ def export_authors(trained: Trained, output: Path) -> None:
     config, ffn = trained.config, trained.config.ffn
     if ffn.name != "flash_mhf":
         raise ValueError(f"{trained.checkpoint} has {ffn.name} layers; the authors' names are those of flash_mhf alone")
+    if ffn.gate == "softmax":
+        raise ValueError(f"{trained.checkpoint} has a softmax gate; the authors' module has the sigmoid one alone")
     if output.exists():
         raise ValueError(f"{output} exists; move it away, or give another OUT")
     weights = to_authors(to_llama(trained.weights))

@@ -20,6 +20,7 @@ ActivationCheckpointing = Literal["none", "full", "selective"]
 # of 50 ms.
 KEPT_OPS = (
     torch.ops.mhf.flash_mhf_routed.default,
+    torch.ops.mhf.flash_mhf.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,

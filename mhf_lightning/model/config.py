@@ -7,6 +7,7 @@ from typing import Any, Literal, Optional
 
 FFNName = Literal["swiglu", "gated_swiglu", "mh_ffn", "pkv", "dense_moe", "flash_mhf"]
 InitializationName = Literal["paper", "variance_matched"]
+GateName = Literal["sigmoid", "softmax"]
 
 
 @dataclass
@@ -41,6 +42,7 @@ class FFNConfig:
         num_kuv_heads: Number of K/U/V heads, a divisor of num_heads; null means num_heads (flash_mhf).
         query_norm: RMSNorm of every query head; null means true (mh_ffn, pkv, dense_moe, flash_mhf).
         skip_linear: Leave out W_in and W_out; null means false (flash_mhf).
+        gate: ``sigmoid``, the paper's, or ``softmax`` over the sub-networks; null means sigmoid (flash_mhf).
         recompute_queries: Compute Q and the router again in the backward; null means false (flash_mhf).
         gains: Overrides of the initialisation's scales (flash_mhf).
     """
@@ -53,6 +55,7 @@ class FFNConfig:
     num_kuv_heads: Optional[int] = None  # noqa: UP045
     query_norm: Optional[bool] = None  # noqa: UP045
     skip_linear: Optional[bool] = None  # noqa: UP045
+    gate: Optional[GateName] = None  # noqa: UP045
     recompute_queries: Optional[bool] = None  # noqa: UP045
     gains: Optional[InitGainsConfig] = None  # noqa: UP045
 

@@ -144,6 +144,8 @@ KERNELS = frozenset(
         torch.ops.aten.bmm.default,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+        torch.ops.mhf.flash_mhf.default,
+        torch.ops.mhf.flash_mhf_backward.default,
         torch.ops.mhf.flash_mhf_routed.default,
         torch.ops.mhf.flash_mhf_routed_backward.default,
     }

@@ -397,6 +397,9 @@ def check_config(own: DecoderConfig, stored: dict[str, Any]) -> None:
     differences = [f"{key}: model {ours[key]}, checkpoint {stored[key]}" for key in keys if ours[key] != stored[key]]
     if ours["ffn"]["name"] != stored["ffn"]["name"]:
         differences.append(f"ffn.name: model {ours['ffn']['name']}, checkpoint {stored['ffn']['name']}")
+    gates = [ffn.get("gate") or "sigmoid" for ffn in (ours["ffn"], stored["ffn"])]
+    if gates[0] != gates[1]:
+        differences.append(f"ffn.gate: model {gates[0]}, checkpoint {gates[1]}")
     if differences:
         raise ValueError(
             f"the checkpoint holds another architecture: {'; '.join(differences)}; "

@@ -1,5 +1,7 @@
 """The gate's measures against gates made by hand, and the callback on real runs, whole, sharded and split."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -111,6 +113,11 @@ def test_looks_come_when_they_are_due_and_change_nothing(tmp_path):
     assert set(events.Tags()["images"]) == tags
     image = events.Images("router/load/layer_0")[1]
     assert (image.step, image.width, image.height) == (3, 4 * 16 + 24, 3 * 16)
+
+
+def test_a_softmax_gate_is_passed_over(monkeypatch):
+    monkeypatch.setattr("timed_run.CONFIG", replace(CONFIG, ffn=replace(CONFIG.ffn, gate="softmax")))
+    assert not any(tag.startswith("router/") for tag in train(RUN)["points"])
 
 
 @pytest.mark.slow

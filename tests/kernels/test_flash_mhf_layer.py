@@ -112,6 +112,26 @@ def test_router_weights_of_the_layer_are_those_it_uses():
     torch.testing.assert_close(layer(x), by_hand)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_softmax_gate(recompute):
+    torch.manual_seed(0)
+    layer = FlashMHF(24, 4, 3, 10, skip_linear=True, gate="softmax", recompute_queries=recompute)
+    x = torch.randn(2, 5, 24)
+    q = layer.queries(x)
+    r = torch.softmax(torch.stack([q[:, :, h] @ layer.router[h] for h in range(4)], dim=2), dim=-1)
+    expected = flash_mhf_reference(q, layer.k, layer.u, layer.v, r).flatten(2)
+    found = layer(x)
+    torch.testing.assert_close(found, expected)
+    grads = (torch.autograd.grad(y.sin().sum(), list(layer.parameters())) for y in (found, expected))
+    for ours, truth in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, truth)
+
+
+def test_an_unknown_gate_is_named():
+    with pytest.raises(ValueError, match="gate is 'top1'; it must be one of sigmoid, softmax"):
+        FlashMHF(24, 4, 3, 10, gate="top1")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_whole_layer_in_another_dtype(dtype):
     layer = FlashMHF(24, 4, 3, 10, dtype=dtype)

@@ -13,7 +13,8 @@ from mhf_lightning.checkpoint.folder import checkpoints, verify
 from mhf_lightning.checkpoint.shards import Saver
 from mhf_lightning.checkpoint.strategy import MHFSingleDevice
 from mhf_lightning.data.datamodule import TokenDataModule
-from mhf_lightning.training.module import PretrainModule
+from mhf_lightning.model import DecoderConfig, FFNConfig
+from mhf_lightning.training.module import PretrainModule, check_config
 from mhf_lightning.training.optimizer import OptimizerConfig, ScheduleConfig
 
 
@@ -249,3 +250,14 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(corpus, decoder_confi
     decoder_config.vocab_size = 200
     with pytest.raises(ValueError, match=r"tokenizer has 300 tokens.*vocab_size is 200"):
         run(corpus, decoder_config, tmp_path, 0)
+
+
+def test_another_gate_is_another_architecture():
+    """No weight changes its shape with it."""
+    softmax, sigmoid = (
+        DecoderConfig(ffn=FFNConfig("flash_mhf", num_heads=4, num_subnetworks=2, d_e=16, gate=gate))
+        for gate in ("softmax", None)
+    )
+    check_config(sigmoid, sigmoid.to_dict())
+    with pytest.raises(ValueError, match=r"another architecture: ffn.gate: model softmax, checkpoint sigmoid"):
+        check_config(softmax, sigmoid.to_dict())

@@ -11,7 +11,7 @@ def flash_mhf_from_config(config: DecoderConfig) -> FlashMHF:
     """Build the layer.
 
     Options: ``num_heads``, ``num_subnetworks``, ``d_e``, ``num_kuv_heads``, ``query_norm``, ``skip_linear``,
-    ``recompute_queries``, ``gains``.
+    ``gate``, ``recompute_queries``, ``gains``.
     """
     options = config.ffn.take(
         required=("num_heads", "num_subnetworks", "d_e"),
@@ -19,6 +19,7 @@ def flash_mhf_from_config(config: DecoderConfig) -> FlashMHF:
             "num_kuv_heads": None,
             "query_norm": True,
             "skip_linear": False,
+            "gate": "sigmoid",
             "recompute_queries": False,
             "gains": None,
         },
