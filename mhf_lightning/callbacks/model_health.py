@@ -80,6 +80,7 @@ class ModelHealth(Callback):
     def __init__(self) -> None:
         self.spikes = LossSpikes()
         self._losses: list[tuple[int, Tensor]] = []  # step, and its loss on the device
+        self._highest = 0.0  # deviation of the losses looked at since the last point
         self._groups: dict[str, list[nn.Parameter]] = {}
         self._ranks: RankTable | None = None
         self._lr = 0.0
@@ -140,7 +141,9 @@ class ModelHealth(Callback):
         left, self._unwritten = self._unwritten, None
         if left is None:
             return
-        values = {"health/loss_spike": self._look_for_spikes()}
+        self._look_for_spikes()
+        values = {"health/loss_spike": self._highest}
+        self._highest = 0.0
         if left.norms is not None:
             optimizer = trainer.optimizers[0]
             known = [left.norms]
@@ -156,11 +159,10 @@ class ModelHealth(Callback):
                 values["health/update_to_weight"] = update / weight
         write_points(trainer, values, left.step)
 
-    def _look_for_spikes(self) -> float:
-        """Take in the losses since the last look, and return how far the highest is above the average before it."""
-        highest = 0.0
+    def _look_for_spikes(self) -> None:
+        """Take in the losses since the last look, and remember how far the highest is above the average before it."""
         if not self._losses:
-            return highest
+            return
         steps, losses = zip(*self._losses, strict=True)
         self._losses = []
         for step, loss in zip(steps, torch.stack(losses).tolist(), strict=True):
@@ -168,14 +170,13 @@ class ModelHealth(Callback):
                 continue  # the training module has left this step out, and said so
             average = self.spikes.mean
             above = self.spikes.deviations(loss)
-            highest = max(highest, above)
+            self._highest = max(self._highest, above)
             if above > LossSpikes.THRESHOLD:
                 rank_zero_warn(
                     f"loss spike: {loss:.4f} at step {step} is {above:.1f} standard deviations above the average of "
                     f"{average:.4f}",
                     category=RuntimeWarning,
                 )
-        return highest
 
 
 def groups(decoder: nn.Module) -> dict[str, list[nn.Parameter]]:

@@ -149,6 +149,15 @@ def test_the_state_is_in_the_checkpoint(tmp_path):
     assert resumed == pytest.approx(whole)
 
 
+@pytest.mark.parametrize("save_after", [None, 1, 2])
+def test_a_save_takes_no_spike_from_the_log(tmp_path, save_after, monkeypatch):
+    """Saved between two logging steps, and at one: a point is the highest of its two steps, here the first."""
+    monkeypatch.setattr(LossSpikes, "deviations", lambda self, loss: 4.0 - len(seen.append(loss) or seen))
+    seen: list[float] = []
+    case = {**RUN, "rows": [[4] * 4], "steps": 4, "every": 2, "folder": str(tmp_path), "save_after": save_after}
+    assert train(case)["points"]["health/loss_spike"] == {1: 3.0, 3: 1.0}
+
+
 @pytest.mark.slow
 def test_sharded_and_split_models_have_the_same_norms(tmp_path):
     """Also where forwards without a backward come before training (validation) and before the norms (routers)."""
