@@ -53,6 +53,7 @@ class _Sums(torch.autograd.Function):
             picked[rows] = logits.gather(1, _index(targets[rows])).squeeze(1)
             largest = logits.amax(-1)
             log_z[rows] = largest + logits.sub_(largest[:, None]).exp_().sum(-1).log()  # in place, unlike logsumexp
+            del logits  # before the next chunk's exist
         ctx.save_for_backward(hidden, weight, targets, log_z)
         ctx.dtype = dtype
         valid = targets != IGNORE_INDEX
@@ -75,6 +76,7 @@ class _Sums(torch.autograd.Function):
             grad = grad.to(ctx.dtype)
             grad_hidden[rows] = grad @ low
             grad_weight += grad.T @ hidden[rows].to(ctx.dtype)
+            del grad
         return grad_hidden, grad_weight.to(weight.dtype), None, None
 
 

@@ -1,5 +1,8 @@
 """Head and cross-entropy in chunks: values and gradients against PyTorch's, memory, dtypes."""
 
+import weakref
+from typing import ClassVar
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -71,18 +74,27 @@ def test_bfloat16_products_and_float32_sums(monkeypatch, autocast):
         assert (ours - expected).norm() <= 2 * (other - expected).norm()
 
 
-def test_logits_are_never_whole(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_of_one_chunk_exist_at_a_time(monkeypatch, dtype):
+    """At most in two dtypes, which is when they are cast."""
+    chunk = 1024 * 512
+
     class Largest(TorchDispatchMode):
-        elements = 0
+        elements = alive = 0
+        storages: ClassVar[dict[int, weakref.ref]] = {}
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             if isinstance(out, torch.Tensor):
                 self.elements = max(self.elements, out.numel())
+                if out.numel() == chunk:
+                    self.storages[out.untyped_storage()._cdata] = weakref.ref(out)
+                self.alive = max(self.alive, sum(x() is not None for x in self.storages.values()))
             return out
 
-    monkeypatch.setattr(loss, "CHUNK_LOGITS", 1024 * 512)
-    hidden, weight = torch.randn(4096, 8, requires_grad=True), torch.randn(512, 8, requires_grad=True)
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", chunk)
+    hidden, weight = (torch.randn(n, 8, dtype=dtype, requires_grad=True) for n in (4096, 512))
     with Largest() as largest:
         linear_cross_entropy_sums(hidden, weight, torch.randint(512, (4096,))).nll.backward()
-    assert largest.elements == 1024 * 512
+    assert largest.elements == chunk
+    assert largest.alive == (1 if dtype == torch.float32 else 2)
