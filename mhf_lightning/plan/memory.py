@@ -130,7 +130,7 @@ class _Run:
 
     def step(self, micro_batches: int) -> None:
         """Run in the order of the training module: old gradients are dropped before the forward."""
-        self.optimizer.zero_grad()
+        self.decoder.zero_grad()  # what a strategy holds outside of parameters, it frees itself
         for micro_batch in range(micro_batches):
             with self.autocast():
                 sums = self.decoder(**self.batch)

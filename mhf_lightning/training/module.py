@@ -292,7 +292,9 @@ class PretrainModule(LightningModule):
         The last step's gradients go now; Lightning would hold them through the forward, at whose end memory peaks.
         """
         if not self._window:
-            self.decoder.zero_grad()
+            # Not the decoder's: after a forward without a backward, FSDP2's root shows gathered parameters, whose
+            # gradients are always None, in place of those that the optimiser updates.
+            self.trainer.optimizers[0].zero_grad()
         self._positions_per_batch = batch["labels"].numel()
         self.tokens_seen += self._positions_per_batch * data_parallel_ranks(self.trainer)[1]
 

@@ -84,6 +84,21 @@ def test_accumulation(micro_batch_size, accumulate):
     check(micro_batch_size, accumulate, devices=1)
 
 
+def test_old_gradients_go_before_the_forward():
+    """But those of the same step stay."""
+    held = []
+
+    class Watch(KeepGradients):
+        def training_step(self, batch, batch_idx):
+            held.append({p.grad is not None for p in self.decoder.parameters()})
+            return super().training_step(batch, batch_idx)
+
+    module = Watch(CONFIG, OptimizerConfig(), ScheduleConfig(warmup_steps=0))
+    options = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    Trainer(accelerator="cpu", devices=1, max_steps=2, accumulate_grad_batches=3, **options).fit(module, Blocks(2))
+    assert held == [{False}, {True}, {True}] * 2
+
+
 def test_clipping_scales_to_the_norm():
     seed_everything(5)
     module = KeepGradients(CONFIG, OptimizerConfig(grad_clip=1e-3), ScheduleConfig(warmup_steps=0), z_loss=Z_LOSS)
