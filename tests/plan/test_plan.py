@@ -194,7 +194,6 @@ def test_zero_shards_the_optimiser_and_with_stage_3_the_weights():
     assert 12 * parameters / 8 <= two.now["optimiser"] < 12 * parameters / 8 + 4 * ALLOCATION
     assert two.now["weights"] >= 2 * parameters
     assert three.now["weights"] < 2 * parameters / 8 + ALLOCATION
-    assert three.at_peak["gradients"] >= 4 * parameters / 8  # a buffer that outlives the step
 
 
 @pytest.mark.parametrize("strategy", ["single", "fsdp2"])
