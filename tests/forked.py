@@ -24,15 +24,20 @@ def _run(args: list[str], folder: Path, environment: dict[str, str], outputs: tu
     main()
 
 
-def mhf(*args: str, code: int = 0, folder: Path | None = None) -> str:
-    """Run `mhf ARGS` in a folder; return what it printed, errors last."""
+def start(args: list[str], folder: Path, environment: dict[str, str], outputs: tuple[str, str]):
+    """Start `mhf ARGS` in a folder; what it prints is appended to the two files."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
+    process = context.Process(target=_run, args=(args, folder, environment, outputs))
+    process.start()
+    return process
+
+
+def mhf(*args: str, code: int = 0, folder: Path | None = None) -> str:
+    """Run `mhf ARGS` in a folder; return what it printed, errors last."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
     with NamedTemporaryFile("r") as out, NamedTemporaryFile("r") as errors:
-        outputs = out.name, errors.name
-        process = context.Process(target=_run, args=(list(args), folder or Path.cwd(), environment, outputs))
-        process.start()
+        process = start(list(args), folder or Path.cwd(), environment, (out.name, errors.name))
         process.join()
         printed = out.read() + errors.read()
     assert process.exitcode == code, printed

@@ -38,6 +38,13 @@ NVIDIA_SMI = {
 }
 
 
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls each visible GPU; CUDA is not started."""
+    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    count = torch.cuda.device_count()
+    return named[:count] if named else [str(index) for index in range(count)]
+
+
 class OutOfMemoryError(Exception):
     """The call did not fit into the memory of the device."""
 

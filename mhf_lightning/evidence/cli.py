@@ -28,6 +28,11 @@ def main(args: list[str]) -> int:
     )
     run = commands.add_parser("run", help="work off the list of runs, one process a GPU")
     run.add_argument("--seconds", type=float, required=True, help="Time until all processes have ended.")
+    run.add_argument(
+        "--whole",
+        action="store_true",
+        help="Begin only runs that should end in that time: for a machine that is given back, with its run folders.",
+    )
     run.add_argument("--out", type=Path, required=True, help="Folder for the event files of this call and the list.")
     run.add_argument(
         "--queue", type=Path, default=CONFIGS / "queue.csv", help="The list; configurations lie beside it."
@@ -54,7 +59,8 @@ def main(args: list[str]) -> int:
             except ImportError as error:
                 raise ValueError(PLOT_NEEDS) from error
             return 0
-        from mhf_lightning.evidence.queue import Runner, cuda_devices
+        from mhf_lightning.bench.measure import visible_gpus
+        from mhf_lightning.evidence.queue import Runner
 
-        runner = Runner(options.queue, options.data, options.runs, options.out, cuda_devices())
-        return 0 if runner.work(options.seconds) else 1
+        runner = Runner(options.queue, options.data, options.runs, options.out, visible_gpus() or [""])
+        return 0 if runner.work(options.seconds, options.whole) else 1

@@ -1,7 +1,7 @@
 """A list of runs, worked off in pieces: each call takes what fits into its time, one process a GPU.
 
-The list is a CSV file that is committed with the configurations beside it. A run's folder is where it can be cut: a run
-that was stopped goes on from its checkpoint when a later call finds the folder, else it begins again.
+The list is a CSV file that is committed with the configurations beside it. A run that was stopped goes on from its
+checkpoint when a later call finds its folder, else it begins again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from mhf_lightning.callbacks.preemption import EXIT_PREEMPTED
 from mhf_lightning.data.manifest import MANIFEST, Manifest
 
 NOTICE_SECONDS = 20.0  # from the request to stop until a process is killed: two steps and a save
+START_SECONDS = 60.0  # to start and to compile: with less time left nothing would come of a run
+UNKNOWN_SHARE = 0.9  # of a call's time, for a run of a size of which none is done
 MAX_FAILURES = 3  # in a call; what fails that often fails for all
+TO_DO = ("", "cut")  # states
 PACK = "events.tar.gz"
 
 
@@ -85,17 +88,23 @@ def write_queue(rows: list[Row], path: Path) -> None:
     written.replace(path)
 
 
-def expected_seconds(row: Row, rows: list[Row]) -> float:
-    """Return what a whole run took at most: of the same variant and size, else of the same size; 0 without any."""
+def expected_seconds(row: Row, rows: list[Row], unknown: float) -> float:
+    """Return what a whole run took at most, of the same variant and size, else of the same size.
+
+    Args:
+        row: The run; where it was cut, it takes longer than it had then.
+        rows: The list.
+        unknown: The answer where no run of the size is done.
+    """
     done = [other for other in rows if other.state == "done" and other.size == row.size]
     same = [other for other in done if other.variant == row.variant]
-    return max((float(other.seconds) for other in same or done), default=0.0)
+    return max(float(row.seconds or 0), max((float(other.seconds) for other in same or done), default=unknown))
 
 
 class Runner:
     """Works off a list."""
 
-    def __init__(self, queue: Path, data: Path, runs: Path, out: Path, devices: list[str | None]) -> None:
+    def __init__(self, queue: Path, data: Path, runs: Path, out: Path, devices: list[str]) -> None:
         """Read what there is.
 
         Args:
@@ -103,7 +112,7 @@ class Runner:
             data: The dataset.
             runs: Folder of the run folders.
             out: Where the list and the event files of this call's runs go, after every run.
-            devices: What ``CUDA_VISIBLE_DEVICES`` is for each process; None leaves it alone.
+            devices: What ``CUDA_VISIBLE_DEVICES`` is for each process; an empty one leaves it alone.
 
         Raises:
             ValueError: List, dataset or commit are missing.
@@ -123,37 +132,41 @@ class Runner:
         command += ["--model.optimizer.lr", row.lr, "--seed_everything", row.seed, "--ckpt_path", "auto"]
         return command
 
-    def work(self, seconds: float) -> bool:
-        """Start runs while there is time for whole ones, and have those that are left at its end save and leave.
+    def work(self, seconds: float, whole: bool = False) -> bool:
+        """Start runs in the order of the list, and have those that are left near the end save and leave.
 
-        A run that would not fit into an empty call is begun whatever time is left.
+        Args:
+            seconds: Time until all processes have ended.
+            whole: Begin only runs that should end before that.
 
         Returns:
             Whether none failed.
         """
         running: dict[int, _Process] = {}
         try:
-            return self._work(seconds, running)
+            return self._work(seconds, whole, running)
         finally:  # an error here must not leave processes behind: they save and leave
             for process in running.values():
                 process.popen.terminate()
 
-    def _work(self, seconds: float, running: dict[int, _Process]) -> bool:
+    def _work(self, seconds: float, whole: bool, running: dict[int, _Process]) -> bool:
         begun = time.monotonic()
         stop_at, kill_at = begun + seconds - NOTICE_SECONDS, begun + seconds
+        unknown = UNKNOWN_SHARE * (stop_at - begun) if whole else None
         failures = 0
         asked = False
         while True:
             now = time.monotonic()
             for slot, process in list(running.items()):
-                if (code := process.poll()) is not None:
+                if (code := process.popen.poll()) is not None:
                     del running[slot]
                     failures += self._ended(process, code)
             if now < stop_at and failures < MAX_FAILURES:
                 for slot in range(len(self.devices)):
-                    if slot not in running and (row := self._next(running.values(), stop_at - now, stop_at - begun)):
+                    if slot not in running and (row := self._next(running.values(), stop_at - now, unknown)):
                         running[slot] = self._start(row, self.devices[slot])
             if not running:
+                print(f"runs that are left: {sum(row.state in TO_DO for row in self.rows)}", flush=True)
                 return failures == 0
             if now >= stop_at and not asked:
                 asked = True
@@ -164,27 +177,31 @@ class Runner:
                     process.popen.kill()
             time.sleep(0.2)
 
-    def _next(self, running: Iterable[_Process], left: float, whole: float) -> Row | None:
+    def _next(self, running: Iterable[_Process], left: float, unknown: float | None) -> Row | None:
+        """Return the first run that may begin; with ``unknown`` seconds given, one that should end in what is left."""
         busy = [process.row for process in running]
         for row in self.rows:
-            if row in busy or row.state not in ("", "cut"):
+            if row in busy or row.state not in TO_DO:
                 continue
-            going_on = row.state == "cut" and (self.runs / row.name / "checkpoints").exists()
+            going_on = self._goes_on(row)
             if row in self.touched and not going_on:
                 continue  # it was cut before its first checkpoint in this call
-            expected = expected_seconds(row, self.rows)
-            if going_on or expected <= left or expected > whole:
+            needed = START_SECONDS if unknown is None or going_on else expected_seconds(row, self.rows, unknown)
+            if needed <= left:
                 return row
         return None
 
-    def _start(self, row: Row, device: str | None) -> _Process:
+    def _goes_on(self, row: Row) -> bool:
+        return row.state == "cut" and (self.runs / row.name / "checkpoints").exists()
+
+    def _start(self, row: Row, device: str) -> _Process:
         folder = self.runs / row.name
-        if row.state == "cut" and not (folder / "checkpoints").exists():
-            row.seconds = ""  # cut on another machine: it begins again
+        if not self._goes_on(row):
+            row.seconds = ""  # also where it was cut on another machine: it begins again
         folder.mkdir(parents=True, exist_ok=True)
         command = self.command(row)
         variables = {**os.environ, **self.variables, "MHF_COMMAND": shlex.join(["mhf", *command])}
-        if device is not None:
+        if device:
             variables["CUDA_VISIBLE_DEVICES"] = device
         with (folder / "log.txt").open("a") as log:
             popen = subprocess.Popen(
@@ -217,9 +234,6 @@ class _Process:
     popen: subprocess.Popen[Any]
     begun: float
 
-    def poll(self) -> int | None:
-        return self.popen.poll()
-
 
 def pack(runs: Path, names: list[str], path: Path) -> None:
     """Put the event files of runs into one archive, under the names of the runs; host names are left out."""
@@ -246,13 +260,3 @@ def commit() -> str:
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError) as error:
         raise ValueError("the commit of this code is not known: it is no git checkout; set MHF_COMMIT") from error
-
-
-def cuda_devices() -> list[str | None]:
-    """Return what ``CUDA_VISIBLE_DEVICES`` is for one process on each GPU; one that leaves it alone without GPUs."""
-    import torch
-
-    count = torch.cuda.device_count()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    names = visible.split(",") if visible else [str(number) for number in range(count)]
-    return list(names[:count]) or [None]

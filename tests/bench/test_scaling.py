@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from mhf_lightning.bench.measure import visible_gpus
 from mhf_lightning.bench.scaling import cases, command, report, results
 from mhf_lightning.bench.scaling.cases import Sizes
 from mhf_lightning.bench.scaling.processes import Outcome, run_cases, start_server
@@ -284,6 +285,6 @@ def test_wrong_use_is_refused_before_anything_runs(options, message, model, tmp_
 def test_visible_gpus_keep_their_names(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-3c")
-    assert command.gpu_slots() == ["5", "GPU-3c"]
+    assert visible_gpus() == ["5", "GPU-3c"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert command.gpu_slots() == ["0", "1"]
+    assert visible_gpus() == ["0", "1"]

@@ -4,10 +4,14 @@ import json
 import signal
 import tarfile
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
+import forked
 import pytest
 from tiny_packages import CONTEXT_LENGTH
 
+from mhf_lightning.callbacks.preemption import EXIT_PREEMPTED
 from mhf_lightning.cli import main
 from mhf_lightning.evidence import queue as module
 from mhf_lightning.evidence.queue import PACK, Runner, commit, expected_seconds, read_queue
@@ -48,7 +52,19 @@ def queue(tmp_path):
 @pytest.fixture
 def runner(queue, corpus, monkeypatch):
     monkeypatch.setenv("MHF_COMMIT", "0123456789abcdef")
-    return lambda: Runner(queue, corpus / "data", queue.parent / "runs", queue.parent / "out", [None])
+    return lambda: Runner(queue, corpus / "data", queue.parent / "runs", queue.parent / "out", [""])
+
+
+class Forked:
+    """A process as the runner sees it, forked from one that has imported everything."""
+
+    def __init__(self, command, env, stdout, stderr):
+        assert command[1:3] == ["-m", "mhf_lightning.cli"]
+        self.process = forked.start(command[3:], Path.cwd(), env, (stdout.name, stderr.name))
+        self.terminate, self.kill = self.process.terminate, self.process.kill
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
 
 
 def states(queue) -> dict[str, str]:
@@ -60,8 +76,9 @@ def test_a_run_cut_into_pieces_ends_like_one_that_was_not(queue, runner, monkeyp
     clock = time.monotonic
 
     def time_is_up_after_the_first_steps() -> float:
-        return clock() + 990 * (history.exists() and "progress" in history.read_text())
+        return clock() + 600 * (history.exists() and "progress" in history.read_text())
 
+    monkeypatch.setattr(module, "NOTICE_SECONDS", 500.0)
     monkeypatch.setattr(module.time, "monotonic", time_is_up_after_the_first_steps)
     assert runner().work(1000.0)
     monkeypatch.undo()
@@ -72,7 +89,8 @@ def test_a_run_cut_into_pieces_ends_like_one_that_was_not(queue, runner, monkeyp
     assert 0 < left["step"] < STEPS
 
     monkeypatch.setenv("MHF_COMMIT", "0123456789abcdef")
-    assert runner().work(1000.0)
+    monkeypatch.setattr(module.subprocess, "Popen", Forked)
+    assert runner().work(1000.0, whole=True)
     assert states(queue) == {"cut": "done", "whole": "done"}
     with tarfile.open(queue.parent / "out" / PACK) as archive:
         archive.extractall(queue.parent / "back", filter="data")
@@ -115,27 +133,68 @@ def listed(tmp_path, corpus, monkeypatch):
     return make
 
 
-def chosen(runner: Runner, left: float, whole: float = HOUR) -> str | None:
-    row = runner._next([], left, whole)
+def chosen(runner: Runner, left: float, unknown: float | None = None) -> str | None:
+    row = runner._next([], left, unknown)
     return row and row.variant
 
 
-def test_a_run_starts_where_a_whole_one_fits(listed):
-    runner = listed("a,x,done,100", "a,x,done,120", "a,y,done,50", "b,z,,", "a,x,,", "a,y,,", "a,new,,")
-    assert [expected_seconds(row, runner.rows) for row in runner.rows[3:]] == [0, 120, 50, 120]
-    assert chosen(runner, 10) == "z"  # nobody knows how long it takes
-    runner.rows.pop(3)
-    assert chosen(runner, 121) == "x"
-    assert chosen(runner, 119) == "y"
-    assert chosen(runner, 49) is None
-    assert chosen(runner, 49, whole=60) == "x"  # it fits into no call of this length
+def test_runs_begin_in_their_order_while_there_is_time_to_start(listed):
+    runner = listed("a,x,done,100", "b,z,,", "a,x,,")
+    assert chosen(runner, 60) == "z"
+    assert chosen(runner, 59) is None
+
+
+def test_where_folders_are_lost_a_run_begins_if_a_whole_one_fits(listed):
+    runner = listed("a,x,done,100", "a,x,done,120", "a,y,done,50", "b,z,,", "a,x,,", "a,y,,", "a,new,,", "a,y2,cut,300")
+    assert [expected_seconds(row, runner.rows, 432) for row in runner.rows[3:]] == [432, 120, 50, 120, 300]
+    assert chosen(runner, 432, unknown=432) == "z"  # nobody knows how long it takes
+    assert chosen(runner, 431, unknown=432) == "x"
+    assert chosen(runner, 119, unknown=432) == "y"
+    assert chosen(runner, 49, unknown=432) is None
 
 
 def test_a_run_that_was_cut_goes_on_where_its_folder_is(listed, tmp_path):
     runner = listed("a,x,done,100", "a,x2,cut,70", "a,y,failed,3")
-    assert chosen(runner, 10) is None
+    assert chosen(runner, 99, unknown=432) is None
     (tmp_path / "runs/a/x2/lr1-seed1/checkpoints").mkdir(parents=True)
-    assert chosen(runner, 10) == "x2"
+    assert chosen(runner, 99, unknown=432) == "x2"
+
+
+@pytest.mark.parametrize(
+    ("whole", "takes", "states", "ends"),
+    [
+        (True, 200, ["done"] * 4, 400),
+        (True, 300, ["done", "done", "", ""], 300),  # 180 s are left, and no other run fits
+        (False, 300, ["done", "done", "cut", "cut"], 480),
+        (True, 600, ["cut", "cut", "", ""], 480),  # nobody could know
+    ],
+)
+def test_what_a_call_of_500_seconds_begins_on_two_devices(listed, monkeypatch, whole, takes, states, ends):
+    now = 0.0
+
+    class Process:
+        def __init__(self, *_, **__):
+            self.ends, self.code = now + takes, 0
+
+        def poll(self) -> int | None:
+            return self.code if now >= self.ends else None
+
+        def send_signal(self, number):
+            assert number == signal.SIGUSR1
+            self.ends, self.code = now, EXIT_PREEMPTED
+
+    def sleep(_):
+        nonlocal now
+        now += 10
+
+    runner = listed(*(f"b,run{i},," for i in range(4)))
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    monkeypatch.setattr(module.subprocess, "Popen", Process)
+    assert runner.work(500.0, whole)
+    assert [row.state for row in runner.rows] == states
+    assert now == pytest.approx(ends, abs=10)
+    if takes > 500:  # the next call leaves these two alone
+        assert chosen(runner, 480, unknown=432) == "run2"
 
 
 class Ending:

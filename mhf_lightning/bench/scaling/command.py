@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
         ValueError: No model, or a number that cannot be.
         FileExistsError: The folder holds results already.
     """
-    gpus = gpu_slots()
+    gpus = measure.visible_gpus()
     sizes = sizes_of(args, gpus)
     slots = gpus or [""] * max(sizes.processes)
     plans = {stage: CASES[stage](sizes) for stage in args.stages if stage in CASES}  # what cannot be is refused first
@@ -137,13 +137,6 @@ def run(args: argparse.Namespace) -> int:
         f"results: {output}; with the figures of mhf plan, and a plot: mhf bench scaling --report_from {output}"
     )
     return 0 if ok and results_of.ok else 1
-
-
-def gpu_slots() -> list[str]:
-    """Return what CUDA_VISIBLE_DEVICES calls each visible GPU."""
-    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    count = torch.cuda.device_count()
-    return named[:count] if named else [str(index) for index in range(count)]
 
 
 def sizes_of(args: argparse.Namespace, slots: list[str]) -> Sizes:
