@@ -18,12 +18,16 @@ import numpy as np
 import torch
 import yaml
 
+from mhf_lightning.bench.report import NOT_MEASURED, Row, markdown
 from mhf_lightning.model import Decoder, DecoderConfig, count_parameters
 from mhf_lightning.report.events import Events, read_events
 from mhf_lightning.report.results import at_steps
 
 BASELINE = "swiglu"
-NOT_AVAILABLE = "n/a"
+COLUMNS = f"""\
+Every variant is at the learning rate of its lowest loss at the seed that all its learning rates have. Its figures are
+means over the runs of that rate, ± their standard deviation; "- {BASELINE}": of the differences at equal seeds.
+Parameters are without embeddings; tokens/s, MFU and seconds without compilation, validation and checkpoints."""
 AXES = {"tokens": "tokens", "seconds": "seconds of training", "flops": "FLOPs of the model"}
 
 
@@ -45,7 +49,7 @@ class EvidenceRun:
         loss: Of the last validation, in nats a token.
         perplexity: Of the same.
         tokens_per_s: Average of the run.
-        mfu: Median over its logged windows; None where the device's peak is not known.
+        mfu: Average of the run, by the same clock; None where the device's peak is not known.
         peak_gib: Peak memory.
         gpu: Name of the device; ``cpu`` without one.
         commit: Of the code.
@@ -93,11 +97,10 @@ class Summary:
         """Mean over seeds."""
         return statistics.fmean(run.loss for run in self.runs)
 
-    def minus(self, other: Summary) -> float | None:
-        """Return the mean difference of the losses over the seeds that both have; None without any."""
+    def minus(self, other: Summary) -> list[float]:
+        """Return the differences of the losses, one for each seed that both have."""
         theirs = {run.seed: run.loss for run in other.runs}
-        differences = [run.loss - theirs[run.seed] for run in self.runs if run.seed in theirs]
-        return statistics.fmean(differences) if differences else None
+        return [run.loss - theirs[run.seed] for run in self.runs if run.seed in theirs]
 
     @property
     def bracketed(self) -> bool:
@@ -106,12 +109,14 @@ class Summary:
 
 
 def read_runs(inputs: Iterable[Path]) -> list[EvidenceRun]:
-    """Read archives of ``mhf evidence run`` and folders of run folders; of the same run the last one given counts.
+    """Read archives of ``mhf evidence run`` and folders of run folders.
+
+    Of a run that was made several times the one that was begun last counts; of those that are finished, where any is.
 
     Raises:
         ValueError: There is no run, one is not of ``mhf evidence run``, or they are of several corpora.
     """
-    runs: dict[tuple[str, str, float, int], EvidenceRun] = {}
+    runs: list[tuple[tuple[bool, float, int], EvidenceRun]] = []
     for path in inputs:
         with tempfile.TemporaryDirectory() as folder:
             if path.is_file():
@@ -121,13 +126,18 @@ def read_runs(inputs: Iterable[Path]) -> list[EvidenceRun]:
             if not found:
                 raise ValueError(f"{path} holds no run; give archives of mhf evidence run, or its folder of runs")
             for tensorboard in found:
-                run = read_run(read_events(tensorboard), f"{path}: {tensorboard.parent.name}")
+                events = read_events(tensorboard)
+                run = read_run(events, f"{path}: {tensorboard.parent.name}")
                 if run is not None:
-                    runs[run.size, run.variant, run.lr, run.seed] = run
-    corpora = sorted({run.dataset for run in runs.values()})
+                    runs.append(((run.finished, events.first_time or 0.0, run.steps), run))
+    if not runs:
+        raise ValueError("no run got as far as its first validation")
+    runs.sort(key=lambda item: item[0])
+    last = {(run.size, run.variant, run.lr, run.seed): run for _, run in runs}
+    corpora = sorted({run.dataset for run in last.values()})
     if len(corpora) > 1:
         raise ValueError(f"the runs are of several corpora ({', '.join(corpora)}), so their losses do not compare")
-    return sorted(runs.values(), key=lambda run: (run.size, run.variant, run.lr, run.seed))
+    return [run for _, run in sorted(last.items())]
 
 
 def read_run(events: Events, origin: str) -> EvidenceRun | None:
@@ -151,7 +161,7 @@ def read_run(events: Events, origin: str) -> EvidenceRun | None:
     rates = events.scalars["throughput/tokens_per_s_average"]
     seconds = tokens / np.interp(steps, rates.steps, rates.values)
     model = re.findall(r"--config (\S+)\.yaml", environment["MHF_COMMAND"])[-1].split("/")
-    mfu, peak = events.values("throughput/mfu"), events.values("memory/peak_gib")
+    mfu, windows = events.last("throughput/mfu"), events.last("throughput/tokens_per_s")
     return EvidenceRun(
         size=model[-2],
         variant=model[-1],
@@ -166,8 +176,8 @@ def read_run(events: Events, origin: str) -> EvidenceRun | None:
         loss=series.values[-1],
         perplexity=events.scalars["val/perplexity"].values[-1],
         tokens_per_s=rates.values[-1],
-        mfu=float(np.median(mfu)) if mfu.size else None,
-        peak_gib=float(peak.max()),
+        mfu=None if mfu is None or not windows else rates.values[-1] * mfu / windows,
+        peak_gib=float(events.values("memory/peak_gib").max()),
         gpu=environment.get("gpu", "cpu").removeprefix("1 x "),
         commit=environment["MHF_COMMIT"],
         dataset=environment["MHF_DATASET"],
@@ -215,60 +225,56 @@ def _finite_first(loss: float) -> float:
 
 
 def summary_table(variants: dict[str, Summary]) -> str:
-    """Return the summaries of a size as a Markdown table; differences are over the seeds that both have."""
-    heads = ["variant", "parameters", "lr (tried)", "seeds", "validation loss", f"- {BASELINE}", "perplexity"]
-    heads += ["tokens/s", "MFU", "peak GiB", "seconds", "FLOPs"]
-    lines = []
+    """Return the summaries of a size as a Markdown table; what its columns mean is in ``COLUMNS``."""
+    rows: list[Row] = []
     for variant, summary in variants.items():
         runs = summary.runs
         tried = ", ".join(f"{lr:g}" for lr in summary.learning_rates)
         edge = "" if summary.bracketed else ", not bracketed"
-        difference = summary.minus(variants[BASELINE]) if BASELINE in variants else None
         mfus = [run.mfu for run in runs if run.mfu is not None]
-        lines.append(
-            [
-                *(variant, f"{runs[0].parameters:,}", f"{runs[0].lr:g} ({tried}{edge})", f"{len(runs)}"),
-                *(_spread([run.loss for run in runs], ".4f"), _show(difference, "+.4f")),
-                *(_spread([run.perplexity for run in runs], ".3f"), _mean([run.tokens_per_s for run in runs], ",.0f")),
-                *(_mean(mfus, ".1%"), _mean([run.peak_gib for run in runs], ".2f")),
-                *(_mean([run.seconds for run in runs], ".0f"), _mean([run.flops for run in runs], ".3g")),
-            ]
+        rows.append(
+            {
+                "variant": variant,
+                "parameters": runs[0].parameters,
+                "lr (tried)": f"{runs[0].lr:g} ({tried}{edge})",
+                "seeds": ", ".join(f"{run.seed}" for run in runs),
+                "validation loss": _spread([run.loss for run in runs], ".4f"),
+                f"- {BASELINE}": _spread(summary.minus(variants[BASELINE]), "+.4f") if BASELINE in variants else None,
+                "perplexity": _spread([run.perplexity for run in runs], ".3f"),
+                "tokens/s": _mean([run.tokens_per_s for run in runs], ",.0f"),
+                "MFU": _mean(mfus, ".1%"),
+                "peak GiB": _mean([run.peak_gib for run in runs], ".2f"),
+                "seconds": _mean([run.seconds for run in runs], ".0f"),
+                "FLOPs": _mean([run.flops for run in runs], ".3g"),
+                "GPU": ", ".join(sorted({run.gpu for run in runs})),
+                "commit": ", ".join(sorted({run.commit for run in runs})),
+            }
         )
-    return _markdown(heads, lines)
+    return markdown({name: name for name in rows[0]}, rows)
 
 
 def run_table(runs: list[EvidenceRun]) -> str:
     """Return one Markdown line for each run."""
-    heads = ("size", "variant", "lr", "seed", "steps", "validation loss", "perplexity", "tokens/s", "GPU", "commit")
-    lines = [
-        [
-            *(run.size, run.variant, f"{run.lr:g}", f"{run.seed}"),
-            f"{run.steps}" + ("" if run.finished else " (cut)"),
-            *(_show(run.loss, ".4f"), _show(run.perplexity, ".3f"), _show(run.tokens_per_s, ",.0f")),
-            *(run.gpu, run.commit, f"`{run.command}`"),
-        ]
+    rows: list[Row] = [
+        {
+            **{"size": run.size, "variant": run.variant, "lr": f"{run.lr:g}", "seed": run.seed},
+            "steps": f"{run.steps}" + ("" if run.finished else " (cut)"),
+            **{"validation loss": f"{run.loss:.4f}", "perplexity": f"{run.perplexity:.3f}"},
+            **{"tokens/s": f"{run.tokens_per_s:,.0f}", "GPU": run.gpu, "commit": run.commit},
+            "command": f"`{run.command}`",
+        }
         for run in runs
     ]
-    return _markdown((*heads, "command"), lines)
-
-
-def _show(value: float | None, form: str) -> str:
-    return NOT_AVAILABLE if value is None else format(value, form)
+    return markdown({name: name for name in rows[0]}, rows)
 
 
 def _mean(values: list[float], form: str) -> str:
-    return _show(statistics.fmean(values) if values else None, form)
+    return format(statistics.fmean(values), form) if values else NOT_MEASURED
 
 
 def _spread(values: list[float], form: str) -> str:
-    deviation = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
-    return _mean(values, form) + deviation
-
-
-def _markdown(heads: Iterable[str], lines: list[list[str]]) -> str:
-    rows = [list(heads), *lines]
-    texts = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([texts[0], "|" + "---|" * len(rows[0]), *texts[1:]])
+    finite = len(values) > 1 and all(map(math.isfinite, values))
+    return _mean(values, form) + (f" ± {statistics.stdev(values):{form.lstrip('+')}}" if finite else "")
 
 
 def draw(variants: dict[str, Summary], path: Path) -> None:
@@ -306,7 +312,7 @@ def write(inputs: list[Path], out: Path) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
         writer.writerows([getattr(run, column) for column in columns] for run in runs)
-    parts = [f"Made by `mhf evidence table` from the event files of {len(runs)} runs."]
+    parts = [f"Made by `mhf evidence table` from the event files of {len(runs)} runs.", COLUMNS]
     for size, variants in sizes.items():
         parts += [f"## {size}", summary_table(variants)]
         for base, group in pictures(variants).items():
