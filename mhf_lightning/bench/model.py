@@ -193,7 +193,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _can_be_unfused(config: DecoderConfig) -> bool:
-    return config.ffn.name == "flash_mhf" and not config.ffn.skip_linear and config.ffn.num_kuv_heads is None
+    ffn = config.ffn
+    return ffn.name == "flash_mhf" and not ffn.skip_linear and ffn.num_kuv_heads is None and ffn.gate != "softmax"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from mhf_kernels import FlashMHF
 from torch._dynamo.utils import counters
 
 from mhf_lightning.bench.measure import OutOfMemoryError, Stopwatch
-from mhf_lightning.bench.model import MODES, _Case, main, read_model, tables
+from mhf_lightning.bench.model import MODES, _can_be_unfused, _Case, main, read_model, tables
 from mhf_lightning.plan.flops import flops_per_token
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the command would take the GPU")
@@ -102,6 +102,13 @@ def test_the_modes_compute_the_same(files, monkeypatch):
     monkeypatch.setattr(FlashMHF, "_subnetworks", forbidden)
     unfused = _Case(config, MODES["unfused"], 2, 8, torch.float32, Stopwatch(torch.device("cpu"), 0.1))
     unfused._build(torch.float32)(tokens)
+
+
+def test_no_mode_has_another_gate_than_the_model(files):
+    config = read_model(Path(files[1]))
+    assert _can_be_unfused(config)
+    config.ffn.gate = "softmax"  # the unfused layer has sigmoids
+    assert not _can_be_unfused(config)
 
 
 @pytest.mark.parametrize(

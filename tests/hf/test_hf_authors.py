@@ -133,9 +133,12 @@ def test_a_run_goes_out_under_their_names_and_comes_back(tied, made_corpus, tmp_
 
 
 def test_other_layers_do_not_go_out_under_their_names(made_corpus, tmp_path, capsys):
-    run = make_run(tmp_path / "run", build("swiglu"), made_corpus)
-    error = one_line(mhf(capsys, "export", "--to", "authors", str(run), str(tmp_path / "theirs"), code=2))
-    assert "has swiglu layers" in error
+    softmax = build()
+    softmax.config.ffn.gate = "softmax"
+    for decoder, said in ((build("swiglu"), "has swiglu layers"), (softmax, "has a softmax gate")):
+        run = make_run(tmp_path / said, decoder, made_corpus)
+        error = one_line(mhf(capsys, "export", "--to", "authors", str(run), str(tmp_path / "theirs"), code=2))
+        assert said in error
 
 
 REFUSED = {
