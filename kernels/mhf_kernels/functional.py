@@ -16,11 +16,11 @@ def flash_mhf(
 ) -> Tensor:
     """Compute `S_h = sum_e R_e * ((SiLU(Q_h K_e^T) * (Q_h U_e^T)) V_e)`, step 4 of FlashMHF (arXiv 2512.06989).
 
-    Takes the gate R, or the router's weight, from which it computes R as `router_weights` does (step 3), but always in
-    full float32. Keeps nothing for the backward but its inputs; with `router`, R lives no longer than the call. Inputs
-    may have any strides. Under `torch.autocast` (cpu, cuda), q, k, u, v are cast to the autocast dtype and r to
-    float32; the router keeps its dtype. Gradients have their input's dtype; dR is summed in float32 (float64 for
-    float64 inputs).
+    Takes the gate R, or the router's weight, from which it computes R as `router_weights` does (step 3); on the gate's
+    kernels without TF32, whatever `torch.set_float32_matmul_precision` says. Keeps nothing for the backward but its
+    inputs; with `router`, R lives no longer than the call. Inputs may have any strides. Under `torch.autocast` (cpu,
+    cuda), q, k, u, v are cast to the autocast dtype and r to float32; the router keeps its dtype. Gradients have their
+    input's dtype; dR is summed in float32 (float64 for float64 inputs).
 
     Args:
         q: queries, `[B, L, H, d_h]`; float16, bfloat16, float32 or float64.

@@ -66,8 +66,8 @@ class FlashMHF(nn.Module):
         query_norm: RMSNorm each head of Q.
         skip_linear: leave out W_in and W_out.
         gate: `sigmoid`, the paper's R, or `softmax` over the sub-networks, an ablation, which PyTorch computes.
-        recompute_queries: keep X and S for the backward, and compute Q and R from X again: about 40% of the memory, for
-            one more product with W_in.
+        recompute_queries: keep X and S for the backward, and compute Q from X again: half of the memory of a compiled
+            layer, for one more product with W_in.
         norm_eps: epsilon of the query norm.
         initialization: `variance_matched` (the layer starts at the scale of a SwiGLU FFN) or `paper`.
         gains: overrides of single values of the initialisation.
@@ -180,7 +180,8 @@ class FlashMHF(nn.Module):
         """Show sizes in `repr`."""
         return (
             f"d_model={self.d_model}, num_heads={self.num_heads}, num_subnetworks={self.num_subnetworks}, "
-            f"d_e={self.d_e}, num_kuv_heads={self.num_kuv_heads}, initialization={self.initialization}"
+            f"d_e={self.d_e}, num_kuv_heads={self.num_kuv_heads}, gate={self.gate}, "
+            f"initialization={self.initialization}"
         )
 
 

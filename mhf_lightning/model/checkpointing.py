@@ -15,9 +15,9 @@ ActivationCheckpointing = Literal["none", "full", "selective"]
 # What `selective` keeps: the outputs of attention and of FlashMHF's op. Both are costly to compute again and no larger
 # than the block's input. FlashMHF's output is the input of W_out, whose backward wants it; the op's backward wants Q
 # only, one matrix product away. All else is computed again: norms, projections, rotary, a SwiGLU's intermediate.
-# On an H100 (docs/measured: training-370m.csv) a step of FlashMHF takes 313 ms and 22.3 GB with `none`, 362 ms and
-# 8.8 GB with `full`, 327 ms and 11.4 GB with `selective`: the two tensors of a block, 2.6 GB of 20 blocks, buy back 35
-# of 50 ms.
+# On an H100 (docs/measured: training-370m.csv) a step of FlashMHF takes 313 ms and 21.8 GiB with `none`, 362 ms
+# and 8.6 GiB with `full`, 327 ms and 11.2 GiB with `selective`: the two tensors of a block, 2.6 GiB of 20 blocks, buy
+# back 35 of 50 ms.
 KEPT_OPS = (
     torch.ops.mhf.flash_mhf_routed.default,
     torch.ops.mhf.flash_mhf.default,

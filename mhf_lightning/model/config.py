@@ -43,7 +43,7 @@ class FFNConfig:
         query_norm: RMSNorm of every query head; null means true (mh_ffn, pkv, dense_moe, flash_mhf).
         skip_linear: Leave out W_in and W_out; null means false (flash_mhf).
         gate: ``sigmoid``, the paper's, or ``softmax`` over the sub-networks; null means sigmoid (flash_mhf).
-        recompute_queries: Compute Q and the router again in the backward; null means false (flash_mhf).
+        recompute_queries: Compute Q again in the backward; null means false (flash_mhf).
         gains: Overrides of the initialisation's scales (flash_mhf).
     """
 
