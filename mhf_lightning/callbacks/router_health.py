@@ -237,7 +237,8 @@ def heat_map(shares: np.ndarray) -> np.ndarray:
 
 
 def _colours(octaves: np.ndarray) -> np.ndarray:
-    """Return the colours ``[..., 3]`` of shares, given as powers of two of an equal one."""
+    """Return the colours ``[..., 3]`` of shares, given as powers of two of an equal one; white where one is NaN."""
+    octaves = np.nan_to_num(octaves, nan=0.0)
     position = (np.clip(octaves, -_OCTAVES, _OCTAVES) / _OCTAVES + 1) / 2 * (len(_COLOURS) - 1)
     channels = [np.interp(position, np.arange(len(_COLOURS)), column) for column in _COLOURS.T]
     return np.stack(channels, axis=-1).round().astype(np.uint8)

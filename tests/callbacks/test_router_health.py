@@ -1,5 +1,6 @@
 """The gate's measures against gates made by hand, and the callback on real runs, whole, sharded and split."""
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -94,6 +95,9 @@ def test_colours_of_the_heat_map():
     assert image[cell, 0].tolist() == [214, 96, 77]  # four times an equal share: the last colour but one
     assert image[0, -1].tolist() == [103, 0, 31]  # the scale's top is eight times
     assert image[-1, -1].tolist() == [5, 48, 97]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert heat_map(np.full((4, 2), np.nan))[0, 0].tolist() == [255, 255, 255]
 
 
 RUN = {"strategy": "single", "rows": [[4] * 5], "steps": 5, "every": 2, "router": 4, "dropout": 0.1}
