@@ -141,11 +141,12 @@ class PretrainModule(LightningModule):
             shard(self.decoder, mesh["data_parallel"], torch.bfloat16 if in_bf16 else None)
 
     def on_fit_start(self) -> None:
-        """Tune the kernels where that is asked for.
+        """Forget what a fit that was interrupted has left, and tune the kernels where that is asked for.
 
         Raises:
             ValueError: There is nothing to tune: no FlashMHF, or no GPU.
         """
+        self._window = []
         if not self.tune_kernels:
             return
         d_h = {layer.d_h for layer in self.decoder.modules() if isinstance(layer, FlashMHF)}

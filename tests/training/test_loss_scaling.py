@@ -99,6 +99,24 @@ def test_old_gradients_go_before_the_forward():
     assert held == [{False}, {True}, {True}] * 2
 
 
+def test_a_fit_that_was_interrupted_leaves_nothing_to_the_next():
+    class Interrupted(KeepGradients):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 2:
+                raise RuntimeError("interrupted")
+            return super().training_step(batch, batch_idx)
+
+    module = Interrupted(CONFIG, OptimizerConfig(), ScheduleConfig(warmup_steps=0))
+    options = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        Trainer(accelerator="cpu", devices=1, max_steps=1, accumulate_grad_batches=3, **options).fit(module, Blocks(2))
+    trainer = Trainer(accelerator="cpu", devices=1, max_steps=1, **options)
+    with torch.no_grad():
+        sums = module.loss_sums(next(iter(DataLoader(blocks(), 12))))
+    trainer.fit(module, Blocks(12))
+    assert trainer.callback_metrics["train/loss"].item() == pytest.approx(float(sums.nll / sums.num_tokens), rel=1e-5)
+
+
 def test_clipping_scales_to_the_norm():
     seed_everything(5)
     module = KeepGradients(CONFIG, OptimizerConfig(grad_clip=1e-3), ScheduleConfig(warmup_steps=0), z_loss=Z_LOSS)
