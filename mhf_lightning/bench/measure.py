@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 FEWEST_CALLS, MOST_CALLS = 5, 1000
+UNKNOWN_COMMIT = "unknown (no git checkout; MHF_COMMIT says it)"
 L2_FLUSH_BYTES = 2**28  # more than the L2 cache of any GPU
 NVIDIA_SMI = {
     "driver": "driver_version",
@@ -43,6 +45,18 @@ def visible_gpus() -> list[str]:
     named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     count = torch.cuda.device_count()
     return named[:count] if named else [str(index) for index in range(count)]
+
+
+def commit() -> str | None:
+    """Return the commit of the code, twelve digits: ``MHF_COMMIT``, else that of the checkout; None without history."""
+    if "MHF_COMMIT" in os.environ:
+        return re.sub(r"^([0-9a-f]{12})[0-9a-f]*", r"\1", os.environ["MHF_COMMIT"])
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
 class OutOfMemoryError(Exception):
@@ -274,6 +288,7 @@ def environment(dtype: torch.dtype, stopwatch: Stopwatch) -> dict[str, str]:
         "torch": torch.__version__,
         "triton": triton,
         "MHF_BACKEND": os.environ.get("MHF_BACKEND") or "auto",
+        "commit": commit() or UNKNOWN_COMMIT,
     }
     if device.type == "cpu":
         return {**facts, "threads": str(torch.get_num_threads())}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -20,6 +19,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from mhf_lightning.bench.measure import commit
 from mhf_lightning.callbacks.preemption import EXIT_PREEMPTED
 from mhf_lightning.data.manifest import MANIFEST, Manifest
 
@@ -121,7 +121,10 @@ class Runner:
         self.rows = read_queue(queue)
         if not (data / MANIFEST).exists():
             raise ValueError(f"there is no corpus at {data}; make it with: mhf evidence corpus --data {data}")
-        self.variables = {"MHF_COMMIT": commit(), "MHF_DATASET": Manifest.load(data).dataset_id[:12]}
+        code = commit()
+        if code is None:
+            raise ValueError("the commit of this code is not known: it is no git checkout; set MHF_COMMIT")
+        self.variables = {"MHF_COMMIT": code, "MHF_DATASET": Manifest.load(data).dataset_id[:12]}
         self.touched: list[Row] = []
 
     def command(self, row: Row) -> list[str]:
@@ -243,20 +246,3 @@ def pack(runs: Path, names: list[str], path: Path) -> None:
             for number, file in enumerate(sorted((runs / name / "tensorboard").glob("*tfevents*"))):
                 archive.add(file, f"{name}/tensorboard/{number:02}.tfevents")
     written.replace(path)
-
-
-def commit() -> str:
-    """Return the commit of the code, twelve digits: of its checkout, or where that has no history, ``MHF_COMMIT``.
-
-    Raises:
-        ValueError: There is neither.
-    """
-    if "MHF_COMMIT" in os.environ:
-        return re.sub(r"^([0-9a-f]{12})[0-9a-f]*", r"\1", os.environ["MHF_COMMIT"])
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        return subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise ValueError("the commit of this code is not known: it is no git checkout; set MHF_COMMIT") from error

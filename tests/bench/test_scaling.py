@@ -10,7 +10,6 @@ import pytest
 import torch
 import yaml
 
-from mhf_lightning.bench.measure import visible_gpus
 from mhf_lightning.bench.scaling import cases, command, report, results
 from mhf_lightning.bench.scaling.cases import Sizes
 from mhf_lightning.bench.scaling.processes import Outcome, run_cases, start_server
@@ -70,6 +69,7 @@ def measured(model, tmp_path_factory) -> tuple[int, Path]:
     stages = ["--stages", "weak", "parity", "checkpoint", "--strategies", "fsdp2"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cases, "PARITY_STEPS", 20)
+        patch.setenv("MHF_COMMIT", "0123456789abcdef")
         return command.main([model, *stages, *options]), output
 
 
@@ -93,6 +93,9 @@ def test_rows_hold_speeds_and_what_follows_from_them(measured, model):
         assert float(row["flops_per_token"]) == pytest.approx(flops_per_token(config, LENGTH), rel=1e-4)
     facts = json.loads((output / "environment.json").read_text())
     assert facts["torch"] == torch.__version__ == rows[0]["torch"]
+    assert facts["commit"] == rows[0]["commit"] == "0123456789ab"
+    assert facts["command"].startswith(f"mhf bench scaling {model} --stages weak parity")
+    assert facts["seed"] == cases.SEED
 
 
 @pytest.mark.slow
@@ -280,11 +283,3 @@ def test_wrong_use_is_refused_before_anything_runs(options, message, model, tmp_
     assert command.main([*options, "--output", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_visible_gpus_keep_their_names(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-3c")
-    assert visible_gpus() == ["5", "GPU-3c"]
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert visible_gpus() == ["0", "1"]

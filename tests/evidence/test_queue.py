@@ -14,7 +14,7 @@ from tiny_packages import CONTEXT_LENGTH
 from mhf_lightning.callbacks.preemption import EXIT_PREEMPTED
 from mhf_lightning.cli import main
 from mhf_lightning.evidence import queue as module
-from mhf_lightning.evidence.queue import PACK, Runner, commit, expected_seconds, read_queue
+from mhf_lightning.evidence.queue import PACK, Runner, expected_seconds, read_queue
 from mhf_lightning.evidence.table import read_runs
 from mhf_lightning.report.events import read_events
 
@@ -71,6 +71,7 @@ def states(queue) -> dict[str, str]:
     return {row.variant: row.state for row in read_queue(queue)}
 
 
+@pytest.mark.slow
 def test_a_run_cut_into_pieces_ends_like_one_that_was_not(queue, runner, monkeypatch):
     history = queue.parent / "runs/tiny/cut/lr1e-2-seed7/history.jsonl"
     clock = time.monotonic
@@ -267,16 +268,10 @@ def test_a_list_that_cannot_be_worked_off_is_refused(tmp_path, text, message):
         read_queue(tmp_path / "queue.csv")
 
 
-def test_the_commit_is_given_or_that_of_the_checkout(monkeypatch):
-    monkeypatch.setenv("MHF_COMMIT", "0123456789abcdef0123456789abcdef01234567-dirty")
-    assert commit() == "0123456789ab-dirty"  # forty digits would be taken for a secret
-
-
-def test_without_history_the_commit_must_be_given(tmp_path, monkeypatch):
-    monkeypatch.delenv("MHF_COMMIT", raising=False)
-    monkeypatch.setattr(module, "__file__", str(tmp_path / "queue.py"))
+def test_the_commit_must_be_known(listed, monkeypatch):
+    monkeypatch.setattr(module, "commit", lambda: None)
     with pytest.raises(ValueError, match="set MHF_COMMIT"):
-        commit()
+        listed("a,x,,")
 
 
 def test_the_command_ends_well_where_nothing_is_left(listed, corpus, tmp_path, capfd):

@@ -11,6 +11,7 @@ DEEPSPEED = ("zero2", "zero3")
 SHARDED = ("single", "ddp", "fsdp2", "fsdp2_tp")  # they read each other's checkpoints
 STAGES = ("preflight", "weak", "parity", "checkpoint", "fixed")
 TENSOR_PARALLEL = 2
+SEED = 1234  # of the weights, and of the tokens and their order
 WARMUP = 5
 PARITY_STEPS, PARITY_LAYERS = 50, 4
 CHECKPOINT_STEPS = 1000  # more than it takes to write a checkpoint in the background

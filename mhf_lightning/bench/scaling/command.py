@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import shutil
 import socket
 import subprocess
@@ -23,7 +24,17 @@ from mhf_lightning.bench import measure, report
 from mhf_lightning.bench.model import read_model
 from mhf_lightning.bench.report import Row
 from mhf_lightning.bench.scaling import results
-from mhf_lightning.bench.scaling.cases import CASES, DEEPSPEED, STAGES, STRATEGIES, Case, Sizes, divisors, model_name
+from mhf_lightning.bench.scaling.cases import (
+    CASES,
+    DEEPSPEED,
+    SEED,
+    STAGES,
+    STRATEGIES,
+    Case,
+    Sizes,
+    divisors,
+    model_name,
+)
 from mhf_lightning.bench.scaling.processes import Outcome, case_folder, run_cases, start_server
 from mhf_lightning.bench.scaling.report import tables, write_report
 from mhf_lightning.plan.flops import flops_per_token
@@ -83,12 +94,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0, 1 if a case failed or differs, or 2 for wrong use."""
+    argv = sys.argv[1:] if argv is None else argv
     args = build_parser().parse_args(argv)
     try:
         if args.report_from is not None:
             print(write_report(args.report_from))
             return 0
-        return run(args)
+        return run(args, shlex.join(["mhf", "bench", "scaling", *argv]))
     except (ValueError, OSError, ImportError) as error:
         measure.say(f"error: {error}")
         return 2
@@ -97,8 +109,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, command: str) -> int:
     """Run the stages; write a CSV for each kind, environment.json and preflight.json.
+
+    Args:
+        args: The parsed options.
+        command: How this was started, for environment.json.
 
     Raises:
         ValueError: No model, or a number that cannot be.
@@ -114,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
         if (output / name).exists():
             raise FileExistsError(f"{output / name} exists; name another --output, or move the old results away")
     output.mkdir(parents=True, exist_ok=True)
-    facts = environment(gpus)
+    facts = {"command": command, "seed": SEED, **environment(gpus)}
     (output / "environment.json").write_text(json.dumps(facts, indent=2) + "\n")
     print("\n".join(f"{name}: {value}" for name, value in facts.items()) + "\n", flush=True)
 
@@ -182,7 +198,7 @@ class Results:
     def __init__(self, output: Path, scratch: Path, facts: dict[str, str], flops: dict[str, float]) -> None:
         self.scratch, self.flops, self.ok = scratch, flops, True
         self._output = output
-        self._about = {name: facts[name] for name in ("device", "date", "torch", "triton", "lightning", "deepspeed")}
+        self._about = {name: facts[name] for name in results.ABOUT}
         self._files: dict[str, report.CsvFile] = {}
         self._baselines: dict[tuple[str, str], Row] = {}
         self._references: dict[str, results.Curve] = {}
@@ -273,9 +289,10 @@ def preflight(slots: list[str], found: Path, scratch: Path) -> bool:
 
 
 def environment(slots: list[str]) -> dict[str, Any]:
-    """Return what the figures depend on: date, GPUs, driver, versions, the variables of NCCL."""
+    """Return what the figures depend on: date, GPUs, driver, versions, the variables of NCCL, the commit."""
     device = torch.device("cuda" if slots else "cpu")
     facts: dict[str, Any] = {
+        "commit": measure.commit() or measure.UNKNOWN_COMMIT,
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "device": measure.device_name(device),
         "devices": len(slots),

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mhf_lightning.bench.model import read_model
-from mhf_lightning.bench.scaling.cases import Case
+from mhf_lightning.bench.scaling.cases import SEED, Case
 from mhf_lightning.bench.scaling.processes import Lines
 from mhf_lightning.callbacks.throughput import DEVICES
 from mhf_lightning.checkpoint import find_newest_valid
@@ -34,7 +34,6 @@ from mhf_lightning.training.optimizer import OptimizerConfig, ScheduleConfig
 from mhf_lightning.training.ranks import data_parallel_ranks
 from mhf_lightning.training.strategies import MHFDDP, MHFFSDP2, MHFDeepSpeed
 
-SEED = 1234
 STEPS_AFTER_SAVE = 3
 STREAM, STRIDE = 2**20, 104_729  # tokens that samples are cut from; a prime, so that they begin anywhere
 

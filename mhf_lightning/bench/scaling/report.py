@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mhf_lightning.bench.report import NOT_MEASURED, CsvFile, Row, markdown
+from mhf_lightning.bench.scaling.cases import TENSOR_PARALLEL
 from mhf_lightning.bench.scaling.results import CHECKPOINT_COLUMNS, GIB, PARITY_COLUMNS, SCALING_COLUMNS
 
 PLAN_COLUMNS = ("stage", "model", "strategy", "gpus", "plan_peak_gib", "peak_gib", "plan_tokens_per_s", "tokens_per_s")
@@ -87,8 +88,9 @@ def tables(folder: Path, plans: list[Row]) -> str:
         parts.append(f"## {title}\n\n{blocks}, {first['global_batch']} sequences a step\n\n{text}")
     checkpoint = read(folder, "checkpoint", CHECKPOINT_COLUMNS)
     if checkpoint:
-        title = "Checkpoints of FSDP2, and a rank that is killed; the last four times count from the kill"
-        parts.append(f"## {title}\n\n{markdown(CHECKPOINT_HEADINGS, [_shown(row) for row in checkpoint])}")
+        title = "Checkpoints of FSDP2, and a rank that is killed"
+        note = "The last four times count from the kill; ranks are forked: a start that imports takes longer."
+        parts.append(f"## {title}\n\n{note}\n\n{markdown(CHECKPOINT_HEADINGS, [_shown(row) for row in checkpoint])}")
     preflight = folder / "preflight.json"
     if preflight.exists():
         parts.append(f"## All-reduce, bus bandwidth\n\n{_bandwidths(json.loads(preflight.read_text()))}")
@@ -125,7 +127,7 @@ def planned(rows: list[Row]) -> list[Row]:
     plans = []
     for row in rows:
         plan = {name: row.get(name, NOT_MEASURED) for name in PLAN_COLUMNS if not name.startswith("plan")}
-        tensor_parallel = 2 if row["strategy"] == "fsdp2_tp" else 1
+        tensor_parallel = TENSOR_PARALLEL if row["strategy"] == "fsdp2_tp" else 1
         step = Step(
             read_model(Path(row["file"])),
             row["micro_batch"],

@@ -15,26 +15,26 @@ from mhf_lightning.bench.scaling.processes import Outcome
 GIB = 2**30
 
 _CASE = ("model", "strategy", "gpus", "status")
-_ABOUT = ("device", "date", "torch", "triton", "lightning", "deepspeed")
+ABOUT = ("device", "date", "commit", "torch", "triton", "lightning", "deepspeed")
 SCALING_COLUMNS = (
     *("stage", *_CASE, "micro_batch", "accumulate", "global_batch", "L", "precision", "compiled"),
     *("num_layers", "parameters", "steps", "step_ms", "slowest_step_ms", "tokens_per_s", "tokens_per_s_per_gpu"),
     *("efficiency", "flops_per_token", "mfu", "peak_gib", "lowest_peak_gib", "reserved_gib", "start_s", "case_s"),
-    *("file", *_ABOUT),
+    *("file", *ABOUT),
 )
 PARITY_COLUMNS = (
     *_CASE,
     *("continues", "global_batch", "L", "precision", "compiled", "num_layers", "parameters", "steps"),
     *("loss_difference", "median_loss_difference", "grad_norm_difference", "median_grad_norm_difference"),
     *("loss_tolerance", "grad_norm_tolerance", "first_loss", "last_loss", "case_s"),
-    *_ABOUT,
+    *ABOUT,
 )
 CURVE_COLUMNS = ("model", "strategy", "gpus", "continues", "step", "loss", "grad_norm")
 CHECKPOINT_COLUMNS = (
     *_CASE,
     *("parameters", "checkpoint_gib", "stall_s", "gib_per_s", "background_stall_s", "background_s", "step_ms"),
     *("background_step_ms", "saved_step", "killed_step", "noticed_s", "started_s", "loaded_s", "recovery_s"),
-    *("loss_difference", *_ABOUT),
+    *("loss_difference", *ABOUT),
 )
 # Largest relative differences at any step: loss, gradient norm. In bfloat16, strategies round at different places.
 TOLERANCES = {"32-true": (1e-4, 1e-3), "bf16-mixed": (5e-3, 5e-2)}
