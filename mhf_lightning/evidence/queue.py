@@ -25,9 +25,11 @@ from mhf_lightning.data.manifest import MANIFEST, Manifest
 
 NOTICE_SECONDS = 20.0  # from the request to stop until a process is killed: two steps and a save
 START_SECONDS = 60.0  # to start and to compile: with less time left nothing would come of a run
+LONGER = 1.25  # a run that was cut is taken to need so many times what it had then
 UNKNOWN_SHARE = 0.9  # of a call's time, for a run of a size of which none is done
 MAX_FAILURES = 3  # in a call; what fails that often fails for all
-TO_DO = ("", "cut")  # states
+TO_DO = ("", "cut")
+STATES = (*TO_DO, "done", "failed")
 PACK = "events.tar.gz"
 
 
@@ -61,17 +63,22 @@ def read_queue(path: Path) -> list[Row]:
     """Read the list.
 
     Raises:
-        ValueError: It does not exist, has other columns, or names a run twice.
+        ValueError: It does not exist, has other columns or values, or names a run twice.
     """
     columns = [field.name for field in fields(Row)]
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
+            reader = csv.DictReader(file, restkey="more", restval="")
             if reader.fieldnames != columns:
                 raise ValueError(f"{path} has the columns {reader.fieldnames}; they must be {', '.join(columns)}")
-            rows = [Row(**row) for row in reader]
+            lines = list(reader)
     except FileNotFoundError as error:
         raise ValueError(f"{path} does not exist; give the list of runs with --queue") from error
+    for line in lines:
+        if len(line) > len(columns) or line["state"] not in STATES or not (line["seconds"] or "0").isdigit():
+            what = f"{', '.join(columns)}; state {', '.join(STATES[1:])} or empty, seconds a whole number or empty"
+            raise ValueError(f"{path}: {', '.join(map(str, line.values()))} is no line of {what}")
+    rows = [Row(**line) for line in lines]
     names = [row.name for row in rows]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{path} lists {', '.join(twice)} more than once")
@@ -92,13 +99,13 @@ def expected_seconds(row: Row, rows: list[Row], unknown: float) -> float:
     """Return what a whole run took at most, of the same variant and size, else of the same size.
 
     Args:
-        row: The run; where it was cut, it takes longer than it had then.
+        row: The run; it needs more than it had where it was cut.
         rows: The list.
         unknown: The answer where no run of the size is done.
     """
-    done = [other for other in rows if other.state == "done" and other.size == row.size]
+    done = [other for other in rows if other.state == "done" and other.size == row.size and other.seconds]
     same = [other for other in done if other.variant == row.variant]
-    return max(float(row.seconds or 0), max((float(other.seconds) for other in same or done), default=unknown))
+    return max(LONGER * float(row.seconds or 0), max((float(other.seconds) for other in same or done), default=unknown))
 
 
 class Runner:
