@@ -39,6 +39,7 @@ VARIANTS = {
         for ffn in ("swiglu", "mh_ffn", "pkv", "gated_swiglu", "dense_moe")
     },
     "tp flash_mhf_grouped": {"strategy": "tp", "ffn": "flash_mhf_grouped"},
+    "tp flash_mhf_softmax": {"strategy": "tp", "ffn": "flash_mhf_softmax"},
     "tp grouped queries": {"strategy": "tp", "num_kv_heads": 2},
     "tp untied": {"strategy": "tp", "tie_embeddings": False},
     "zero3 untied": {"strategy": "zero3", "tie_embeddings": False},

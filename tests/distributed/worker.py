@@ -32,6 +32,7 @@ LENGTH = 8
 FFN = {
     "flash_mhf": FFNConfig("flash_mhf", num_heads=4, num_subnetworks=2, d_e=8),
     "flash_mhf_grouped": FFNConfig("flash_mhf", num_heads=4, num_kuv_heads=2, num_subnetworks=2, d_e=8),
+    "flash_mhf_softmax": FFNConfig("flash_mhf", num_heads=4, num_subnetworks=2, d_e=8, gate="softmax"),
     "swiglu": FFNConfig("swiglu", d_ff=24),
     "mh_ffn": FFNConfig("mh_ffn", num_heads=4, d_ff=16),
     "pkv": FFNConfig("pkv", num_heads=4, d_ff=24),
