@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
-# Logits of a chunk: in float32 and in 16 bits they take 384 MiB. Smaller chunks are bound by the host's launches:
-# with a vocabulary of 16,384 and 1,024 tokens in a chunk, a GPU waited most of its time.
+# Logits of a chunk: in float32 and in 16 bits they take 384 MiB. Smaller chunks mean more launches for the same work.
 CHUNK_LOGITS = 2**26
 
 
