@@ -42,14 +42,12 @@ def flash_mhf_backward_op(
     (A custom op returns tensors only, never None.)
     """
     needs_grad = (need_q, need_k, need_u, need_v, need_r)
-    dq, dk, du, dv, dr = dispatch.select(q, k, u, v, r).backward(grad_o, q, k, u, v, r, needs_grad)
-    return (
-        q.new_empty(0) if dq is None else dq,
-        k.new_empty(0) if dk is None else dk,
-        u.new_empty(0) if du is None else du,
-        v.new_empty(0) if dv is None else dv,
-        r.new_empty(0) if dr is None else dr,
-    )
+    return _or_empty(dispatch.select(q, k, u, v, r).backward(grad_o, q, k, u, v, r, needs_grad), (q, k, u, v, r))
+
+
+def _or_empty(grads: tuple[Tensor | None, ...], inputs: tuple[Tensor, ...]) -> Any:
+    """Return the gradients, with an empty tensor of its input's dtype in place of each None."""
+    return tuple(x.new_empty(0) if grad is None else grad for grad, x in zip(grads, inputs, strict=True))
 
 
 @torch.library.custom_op("mhf::flash_mhf_routed", mutates_args=())
@@ -79,13 +77,7 @@ def flash_mhf_routed_backward_op(
     needs_grad = (need_q, need_k, need_u, need_v, need_q or need_router)
     dq, dk, du, dv, dr = dispatch.select(q, k, u, v, r).backward(grad_o, q, k, u, v, r, needs_grad)
     d_router = None if dr is None else gate.backward(dr, q, router, dq)
-    return (
-        q.new_empty(0) if dq is None else dq,
-        k.new_empty(0) if dk is None else dk,
-        u.new_empty(0) if du is None else du,
-        v.new_empty(0) if dv is None else dv,
-        d_router if d_router is not None and need_router else router.new_empty(0),
-    )
+    return _or_empty((dq, dk, du, dv, d_router if need_router else None), (q, k, u, v, router))
 
 
 @flash_mhf_routed_op.register_fake
@@ -126,20 +118,19 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None
     ctx.save_for_backward(*inputs)  # and nothing else: the scores are recomputed
 
 
-def _backward(ctx: Any, grad_o: Tensor) -> tuple[Tensor | None, ...]:
-    needs_grad = ctx.needs_input_grad
-    grads = flash_mhf_backward_op(grad_o, *ctx.saved_tensors, *needs_grad)
-    return tuple(grad if needed else None for grad, needed in zip(grads, needs_grad, strict=True))
+def _autograd_of(backward: Any) -> Any:
+    """Return the autograd formula that calls a backward op."""
+
+    def formula(ctx: Any, grad_o: Tensor) -> tuple[Tensor | None, ...]:
+        needs_grad = ctx.needs_input_grad
+        grads = backward(grad_o, *ctx.saved_tensors, *needs_grad)
+        return tuple(grad if needed else None for grad, needed in zip(grads, needs_grad, strict=True))
+
+    return formula
 
 
-def _routed_backward(ctx: Any, grad_o: Tensor) -> tuple[Tensor | None, ...]:
-    needs_grad = ctx.needs_input_grad
-    grads = flash_mhf_routed_backward_op(grad_o, *ctx.saved_tensors, *needs_grad)
-    return tuple(grad if needed else None for grad, needed in zip(grads, needs_grad, strict=True))
-
-
-flash_mhf_op.register_autograd(_backward, setup_context=_setup_context)
-flash_mhf_routed_op.register_autograd(_routed_backward, setup_context=_setup_context)
+flash_mhf_op.register_autograd(_autograd_of(flash_mhf_backward_op), setup_context=_setup_context)
+flash_mhf_routed_op.register_autograd(_autograd_of(flash_mhf_routed_backward_op), setup_context=_setup_context)
 
 
 def _register_autocast(lib: torch.library.Library, device_type: str, dispatch_key: str) -> None:

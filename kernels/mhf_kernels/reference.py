@@ -27,20 +27,20 @@ def router_weights(q: Tensor, router: Tensor) -> Tensor:
     Returns:
         `[B, L, H, E]`, float32, in memory `[H, E, B, L]`; each row sums to 1.
     """
-    wide = gate_dtype(q, router)
-    with without_autocast(q.device.type):
-        # [H, E, B, L] in memory: the kernels read one sub-network's gates of many tokens at a time.
-        p = torch.einsum("blhd,hde->hebl", q.to(wide), router.to(wide)).permute(2, 3, 0, 1)
-        s = torch.sigmoid(p)
-        return s / s.sum(dim=-1, keepdim=True).clamp_min(LEAST_SUM)
+    s = torch.sigmoid(_router_logits(q, router))
+    return s / s.sum(dim=-1, keepdim=True).clamp_min(LEAST_SUM)
 
 
 def softmax_weights(q: Tensor, router: Tensor) -> Tensor:
     """Compute `softmax(P)` in place of the gate, an ablation of it; shapes, dtypes and layout as `router_weights`."""
+    return _router_logits(q, router).softmax(dim=-1)
+
+
+def _router_logits(q: Tensor, router: Tensor) -> Tensor:
+    """Return P `[B, L, H, E]`, in memory `[H, E, B, L]`: kernels read one sub-network's gates of many tokens."""
     wide = gate_dtype(q, router)
     with without_autocast(q.device.type):
-        p = torch.einsum("blhd,hde->hebl", q.to(wide), router.to(wide)).permute(2, 3, 0, 1)
-        return p.softmax(dim=-1)
+        return torch.einsum("blhd,hde->hebl", q.to(wide), router.to(wide)).permute(2, 3, 0, 1)
 
 
 def router_weights_backward(grad_r: Tensor, q: Tensor, router: Tensor) -> tuple[Tensor, Tensor]:
