@@ -10,7 +10,6 @@ import os
 import platform
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -35,7 +34,7 @@ from mhf_lightning.bench.scaling.cases import (
     divisors,
     model_name,
 )
-from mhf_lightning.bench.scaling.processes import Outcome, case_folder, run_cases, start_server
+from mhf_lightning.bench.scaling.processes import Outcome, case_folder, free_port, run_cases, start_server
 from mhf_lightning.bench.scaling.report import tables, write_report
 from mhf_lightning.plan.flops import flops_per_token
 
@@ -265,9 +264,7 @@ def preflight(slots: list[str], found: Path, scratch: Path) -> bool:
     if len(slots) == 1:
         measure.say("preflight: needs more than one GPU")
         return True
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = free_port()
     common = {"SLURM_NTASKS": str(len(slots)), "SLURM_STEP_NUM_NODES": str(len(slots)), "SLURM_STEP_NODELIST": ""}
     processes = []
     for number, slot in enumerate(slots):

@@ -113,6 +113,13 @@ def case_folder(folder: Path, label: str) -> Path:
     return folder / "".join(letter if letter.isalnum() else "-" for letter in label)
 
 
+def free_port() -> str:
+    """Return a port of this host on which nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
 class _Running:
     """The processes of a case."""
 
@@ -121,11 +128,8 @@ class _Running:
         self.folder = case_folder(folder, case.label)
         self.folder.mkdir(parents=True)
         self.begun, self.ended, self.status = time.monotonic(), 0.0, ""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         environment = {
-            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "scaling"},
+            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "TORCHELASTIC_RUN_ID": "scaling"},
             **{"WORLD_SIZE": str(case.gpus), "LOCAL_WORLD_SIZE": str(case.gpus), "GROUP_RANK": "0", "NODE_RANK": "0"},
         }
         if slots[0]:
