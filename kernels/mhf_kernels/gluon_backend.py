@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from mhf_kernels import gluon_kernels, triton_backend
+from mhf_kernels import gluon_kernels, triton_backend, triton_router
 from mhf_kernels.triton_backend import Grads, multiprocessors, on
 
 T = TypeVar("T")
@@ -51,6 +51,8 @@ FORWARD = {64: Rings(128, 3, 3), 128: Rings(64, 3, 3), 256: Rings(64, 2, 1)}
 BACKWARD_TOKENS = {64: Rings(64, 3, 3), 128: Rings(64, 3, 2)}
 BACKWARD_WEIGHTS_D_H = 128
 BACKWARD_WEIGHTS_STAGES = 2
+ROUTED_D_H = (64, 128)  # at 256 there is no shared memory left for the router and the gate
+BLOCK_E = 32  # sub-networks that a forward with the router has room for
 
 _failure: list[str] = []  # why the kernels cannot be compiled here, once one could not
 
@@ -93,6 +95,16 @@ def forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> Tensor:
     return _or_triton(lambda: _forward(q, k, u, v, r), lambda: triton_backend.forward(q, k, u, v, r))
 
 
+def routed_forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, router: Tensor) -> Tensor | None:
+    """Do the same with the router's weight in place of r, which then reaches no memory; None where that cannot be.
+
+    As `forward`, it takes inputs that `supports` accepts.
+    """
+    if q.shape[3] not in ROUTED_D_H or k.shape[1] > BLOCK_E:
+        return None
+    return _or_triton(lambda: _forward(q, k, u, v, None, router), lambda: None)
+
+
 def backward(
     grad_o: Tensor,
     q: Tensor,
@@ -128,19 +140,21 @@ def backward(
     return dq if need_q else None, dk, du, dv, dr if need_r else None
 
 
-def _forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> Tensor:
+def _forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor | None, router: Tensor | None = None) -> Tensor:
+    """Take the gate from r, or compute it from the router's weight."""
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    r_seq = _sequence(r)
+    r_seq = None if r is None else _sequence(r)
+    halves = None if router is None else _rows(triton_router.split(router, q.dtype, BLOCK_E), BLOCK_E)
     rings = _fitting(FORWARD[q.shape[3]], k.shape[2])
     tokens, heads, group, tiles, tiles_m = _sizes(q, k, rings.block_n)
-    inputs = _tokens(q), *(_rows(w, rings.block_n) for w in (k, u, v)), r_seq, _tokens(o)
+    inputs = _tokens(q), *(_rows(w, rings.block_n) for w in (k, u, v)), r_seq, halves, _tokens(o)
     with on(q.device):
         for part in _parts(tiles_m * heads, k.shape[1], q.device):
             partials = part.workspace(q)
             gluon_kernels.forward_kernel[part.grid](
-                *inputs, partials, *r_seq.stride()[1:],
+                *inputs, partials, *((0, 0, 0) if r_seq is None else r_seq.stride()[1:]),
                 tokens, group, tiles, tiles_m, part.first, part.subnetworks,
-                **_constants(rings, k), PARTIAL=part.splits > 1, num_warps=4,
+                **_constants(rings, k), PARTIAL=part.splits > 1, E=0 if router is None else k.shape[1], num_warps=4,
             )  # fmt: skip
             part.add_up(partials, o, tiles_m)
     return o

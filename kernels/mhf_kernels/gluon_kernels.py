@@ -79,9 +79,38 @@ def _ring(STAGES: gl.constexpr, readers: gl.constexpr, fills: gl.constexpr):
 
 
 @gluon.jit
+def _compute_gate(q, w_buf, gates, WG: gl.constexpr, E: gl.constexpr):
+    """Write R of a warpgroup's rows to `gates [2, BLOCK_E, ROWS]` in shared memory.
+
+    w_buf: two tiles `[BLOCK_E, D]`, W of the head in 16 bits and what that leaves of it. R is zero in the padding.
+    """
+    BLOCK_E: gl.constexpr = w_buf.shape[1]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_E, 16])
+    zeros = gl.zeros([ROWS, BLOCK_E], gl.float32, layout)
+    p = warpgroup_mma(q, w_buf.index(1).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    p = warpgroup_mma(q, w_buf.index(0).permute((1, 0)), p, is_async=True)
+    p = warpgroup_mma_wait(0, deps=[p])
+    inside = gl.arange(0, BLOCK_E, layout=gl.SliceLayout(0, layout)) < E
+    s = gl.where(inside[None, :], 1.0 / (1.0 + gl.exp(-p)), 0.0)
+    r = s / gl.maximum(gl.sum(s, axis=1), 1e-20)[:, None]
+    gates.index(WG).store(gl.permute(r, (1, 0)))
+
+
+@gluon.jit
+def _gate_of(gate_source, WG: gl.constexpr, e, rows, inside, E: gl.constexpr, layout: gl.constexpr):
+    """Return R of a sub-network for the rows of a warpgroup: from shared memory, or from r where E is 0."""
+    if E:
+        gate = gate_source[2].index(WG * gate_source[0].shape[1] + e).load(layout)
+    else:
+        r, r_l, r_e = gate_source
+        gate = gl.load(r + rows.to(gl.int64) * r_l + e.to(gl.int64) * r_e, mask=inside, other=0.0).to(gl.float32)
+    return gate
+
+
+@gluon.jit
 def _forward_consumer(
-    WG: gl.constexpr, tokens, weights, r, r_l, r_e, o, partials, block, start, column, length, tiles,
-    TILES_E: gl.constexpr, FAST: gl.constexpr, PARTIAL: gl.constexpr,
+    WG: gl.constexpr, tokens, weights, gate_source, first, o, partials, block, start, column, length, tiles,
+    TILES_E: gl.constexpr, FAST: gl.constexpr, PARTIAL: gl.constexpr, E: gl.constexpr,
 ):  # fmt: skip
     q_buf, q_full = tokens
     k_buf, u_buf, v_buf, ku_full, ku_empty, v_full, v_empty = weights
@@ -95,17 +124,18 @@ def _forward_consumer(
     left: gl.constexpr = gl.DotOperandLayout(0, out, 2)
 
     rows = start + WG * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, score))
-    r_rows = r + rows.to(gl.int64) * r_l
     inside = rows < length
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, score)
     acc = gl.zeros([ROWS, D], gl.float32, out)
 
     q = q_buf.index(WG)
     mbarrier.wait(q_full, 0)
+    if E:
+        _compute_gate(q, gate_source[0], gate_source[1], WG, E)
     mbarrier.wait(ku_full.index(0), 0)
     m = warpgroup_mma(q, k_buf.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)
     n = warpgroup_mma(q, u_buf.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)
-    gate = gl.load(r_rows, mask=inside, other=0.0).to(gl.float32)
+    gate = _gate_of(gate_source, WG, first, rows, inside, E, gl.SliceLayout(1, score))
     m, n = warpgroup_mma_wait(0, deps=[m, n])
     mbarrier.arrive(ku_empty.index(0), count=1)
     a = gl.convert_layout((m * _sigmoid(m, FAST) * n * gate[:, None]).to(dtype), left)
@@ -116,7 +146,7 @@ def _forward_consumer(
         mbarrier.wait(ku_full.index(ku), (i // KU_STAGES) & 1)
         m = warpgroup_mma(q, k_buf.index(ku).permute((1, 0)), zeros, use_acc=False, is_async=True)
         n = warpgroup_mma(q, u_buf.index(ku).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        gate = gl.load(r_rows + (i // TILES_E).to(gl.int64) * r_e, mask=inside, other=0.0).to(gl.float32)
+        gate = _gate_of(gate_source, WG, first + i // TILES_E, rows, inside, E, gl.SliceLayout(1, score))
         vs = (i - 1) % V_STAGES
         mbarrier.wait(v_full.index(vs), ((i - 1) // V_STAGES) & 1)
         acc = warpgroup_mma(a, v_buf.index(vs), acc, is_async=True)
@@ -157,9 +187,16 @@ def _stream_weights(weights, k, u, v, row, tiles):
 
 
 @gluon.jit
-def _forward_producer(tokens, weights, q, k, u, v, start, column, row, tiles):
+def _forward_producer(tokens, weights, gate_source, q, k, u, v, w, start, column, row, tiles, head, E: gl.constexpr):
     q_buf, q_full = tokens
-    mbarrier.expect(q_full, 2 * ROWS * q_buf.shape[2] * 2)
+    if E:
+        w_buf = gate_source[0]
+        BLOCK_E: gl.constexpr = w_buf.shape[1]
+        mbarrier.expect(q_full, (2 * ROWS + 2 * BLOCK_E) * q_buf.shape[2] * 2)
+        for part in gl.static_range(2):
+            tma.async_copy_global_to_shared(w, [(2 * head + part) * BLOCK_E, 0], q_full, w_buf.index(part))
+    else:
+        mbarrier.expect(q_full, 2 * ROWS * q_buf.shape[2] * 2)
     for half in gl.static_range(2):
         tma.async_copy_global_to_shared(q, [start + half * ROWS, column], q_full, q_buf.index(half))
     _stream_weights(weights, k, u, v, row, tiles)
@@ -180,17 +217,18 @@ def _weight_rings(
 
 @gluon.jit
 def forward_kernel(
-    q, k, u, v, r, o, partials, r_l, r_h, r_e,
+    q, k, u, v, r, w, o, partials, r_l, r_h, r_e,
     length, group, tiles, tiles_m, first_program, subnetworks,
     D: gl.constexpr, BLOCK_N: gl.constexpr, TILES_E: gl.constexpr,
-    KU_STAGES: gl.constexpr, V_STAGES: gl.constexpr, FAST: gl.constexpr, PARTIAL: gl.constexpr,
+    KU_STAGES: gl.constexpr, V_STAGES: gl.constexpr, FAST: gl.constexpr, PARTIAL: gl.constexpr, E: gl.constexpr,
 ):  # fmt: skip
     """Write O of 128 tokens of one head; PARTIAL: what some of its sub-networks add to it, as float32, to partials.
 
     Grid `(programs, splits)`; a split has `subnetworks` sub-networks. Program p is tile `p % tiles_m` of the tokens of
-    head `p // tiles_m`, so that programs which run together share K, U and V in L2; the grid begins at first_program.
+    head `p // tiles_m`, so that programs which run together share K, U, V in L2; the grid begins at first_program.
     q, o: descriptors of `[tokens, heads * D]`; k, u, v: of `[kuv heads * d_ff, D]`; r: `[tokens, heads, E]` by strides;
-    partials: `[splits, programs, 128, D]`. tiles: of d_ff, in one head.
+    partials: `[splits, programs, 128, D]`. tiles: of d_ff, in one head. Where E is not 0, the gate is computed from w,
+    a descriptor of `[heads * 2 * BLOCK_E, D]` (see `_compute_gate`), and r is not there.
     """
     pid = gl.program_id(0) + first_program
     start = (pid % tiles_m) * (2 * ROWS)
@@ -199,12 +237,20 @@ def forward_kernel(
     block = gl.program_id(1) * gl.num_programs(0) + gl.program_id(0)
     row = (head // group) * (tiles * BLOCK_N) + first * (TILES_E * BLOCK_N)
     tiles = gl.minimum(tiles - first * TILES_E, subnetworks * TILES_E)
-    r += head.to(gl.int64) * r_h + first.to(gl.int64) * r_e
 
     q_buf = gl.allocate_shared_memory(q.dtype, [2, ROWS, D], q.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(q_full, count=1)
     weights = _weight_rings(k, BLOCK_N, D, KU_STAGES, V_STAGES)
+    if E:
+        BLOCK_E: gl.constexpr = w.block_type.shape[0]
+        columns: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
+        a_row: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+        w_buf = gl.allocate_shared_memory(w.dtype, [2, BLOCK_E, D], w.layout)
+        gates = gl.allocate_shared_memory(gl.float32, [2, BLOCK_E, ROWS], columns)
+        gate_source = (w_buf, gates, gates._reinterpret(gl.float32, [2 * BLOCK_E, ROWS], a_row))
+    else:
+        gate_source = (r + head.to(gl.int64) * r_h, r_l, r_e)
     tokens = (q_buf, q_full)
     fence_async_shared()
     column = head * D
@@ -213,18 +259,18 @@ def forward_kernel(
             (
                 _forward_consumer,
                 (
-                    0, tokens, weights, r, r_l, r_e, o, partials, block, start, column, length, tiles,
-                    TILES_E, FAST, PARTIAL,
+                    0, tokens, weights, gate_source, first, o, partials, block, start, column, length, tiles,
+                    TILES_E, FAST, PARTIAL, E,
                 ),
             ),
             (
                 _forward_consumer,
                 (
-                    1, tokens, weights, r, r_l, r_e, o, partials, block, start, column, length, tiles,
-                    TILES_E, FAST, PARTIAL,
+                    1, tokens, weights, gate_source, first, o, partials, block, start, column, length, tiles,
+                    TILES_E, FAST, PARTIAL, E,
                 ),
             ),
-            (_forward_producer, (tokens, weights, q, k, u, v, start, column, row, tiles)),
+            (_forward_producer, (tokens, weights, gate_source, q, k, u, v, w, start, column, row, tiles, head, E)),
         ],
         [4, 1],
         [240, 24],

@@ -83,6 +83,18 @@ def backward(grad_r: Tensor, q: Tensor, router: Tensor, dq: Tensor | None) -> Te
     return dw
 
 
+def split(router: Tensor, dtype: torch.dtype, block_e: int) -> Tensor:
+    """Return W `[H, d_h, E]` as `[H, 2, block_e, d_h]`: in 16 bits, and what they leave of it; zero in the padding."""
+    heads, d_h, subnetworks = router.shape
+    halves = torch.empty(heads, 2, block_e, d_h, dtype=dtype, device=router.device)
+    with triton_backend.on(router.device):
+        _split_kernel[(heads,)](
+            router, halves, *router.stride(),
+            D=d_h, E=subnetworks, BLOCK_D=triton.next_power_of_2(d_h), BLOCK_E=block_e,
+        )  # fmt: skip
+    return halves
+
+
 def _constants(q: Tensor, router: Tensor) -> dict[str, Any]:
     block_d, block_e = _padded(router)
     block_m = IEEE_BLOCK_M if q.dtype != torch.bfloat16 else BLOCK_M if block_d <= 128 else WIDE_BLOCK_M
@@ -135,6 +147,22 @@ def _router_tile(
     d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
     pointers = w + head.to(tl.int64) * w_h + d[:, None] * w_d + e[None, :] * w_e
     return tl.load(pointers, mask=(d < D)[:, None] & (e < E)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _split_kernel(
+    w, halves, w_h, w_d, w_e, D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr
+):
+    """Write both halves of a head's W, transposed. Grid `(heads,)`."""
+    head = tl.program_id(0)
+    d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
+    tile = _router_tile(w, head, w_h, w_d, w_e, D, E, BLOCK_D, BLOCK_E)
+    high = tile.to(halves.dtype.element_ty)
+    low = (tile - high.to(tl.float32)).to(halves.dtype.element_ty)
+    out = halves + head.to(tl.int64) * (2 * BLOCK_E * D) + e[None, :] * D + d[:, None]
+    there = tl.broadcast_to((d < D)[:, None], [BLOCK_D, BLOCK_E])
+    tl.store(out, high, mask=there)
+    tl.store(out + BLOCK_E * D, low, mask=there)
 
 
 @triton.jit

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from mhf_kernels import blocked_router, dispatch, flash_mhf, flash_mhf_reference, router_weights, triton_router
+from mhf_kernels import (
+    blocked_router,
+    dispatch,
+    flash_mhf,
+    flash_mhf_reference,
+    gluon_backend,
+    router_weights,
+    triton_router,
+)
 from mhf_kernels.reference import router_weights_backward
 
 pytestmark = [
@@ -126,6 +134,25 @@ def test_accuracy_rule_of_the_op(monkeypatch, shape, backend):
         error, allowed = ours.double() - truth, plain.double() - truth
         assert error.abs().max() <= 2 * allowed.abs().max(), name
         assert error.square().mean().sqrt() <= 2 * allowed.square().mean().sqrt(), name
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="needs Hopper")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "shape", [(1, 4352, 4, 128, 22), (3, 1500, 4, 64, 5), (1, 9000, 2, 128, 1), (1, 4224, 4, 64, 32)], ids=str
+)
+def test_the_gate_inside_the_forward(shape, dtype):
+    """Against the forward with R from the gate's own kernel: the same products, with W in 16 bits twice."""
+    q, router = make(shape, dtype, scale=3)
+    k, u, v = (0.1 * torch.randn(shape[2], shape[4], 128, shape[3], device="cuda").to(dtype) for _ in range(3))
+    r = triton_router.forward(q, router)
+    expected = gluon_backend.forward(q, k, u, v, r)
+    for _ in range(100):
+        found = gluon_backend.routed_forward(q, k, u, v, router)
+        assert (found.double() - expected.double()).norm() < 2e-3 * expected.double().norm()
+    exact = flash_mhf_reference(*(x.double() for x in (q, k, u, v)), router_weights(q.double(), router.double()))
+    errors = [(o.double() - exact).norm() for o in (found, expected)]
+    assert errors[0] < 1.05 * errors[1]
 
 
 def test_repeats_are_bitwise_equal():

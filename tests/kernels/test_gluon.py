@@ -12,7 +12,8 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
 SHARED_MEMORY = 227 * 1024
-PRODUCT = ("q", "grad_o", "k", "u", "v", "o", "dq")
+KINDS = {"q": "tokens", "grad_o": "tokens", "o": "tokens", "dq": "tokens", "w": "router"}
+KINDS |= dict.fromkeys("kuv", "weights")
 
 
 def compiled(function, constants, blocks, dtype):
@@ -20,8 +21,8 @@ def compiled(function, constants, blocks, dtype):
     for name in function.arg_names:
         if name in constants:
             signature[name] = "constexpr"
-        elif name in PRODUCT:
-            rows, columns = blocks["tokens" if name in ("q", "grad_o", "o", "dq") else "weights"]
+        elif name in KINDS:
+            rows, columns = blocks[KINDS[name]]
             signature[name] = f"tensordesc<{dtype}[{rows}, {columns}],{gluon_backend.SWIZZLED!r}>"
         else:
             signature[name] = "*fp32" if name in ("r", "dr", "dk", "du", "dv", "partials") else "i32"
@@ -32,6 +33,7 @@ def compiled(function, constants, blocks, dtype):
 
 CASES = {
     **{f"forward-{d_h}": ("forward_kernel", d_h, rings) for d_h, rings in gluon_backend.FORWARD.items()},
+    **{f"routed-{d_h}": ("forward_kernel", d_h, gluon_backend.FORWARD[d_h]) for d_h in gluon_backend.ROUTED_D_H},
     **{f"tokens-{d_h}": ("backward_tokens_kernel", d_h, rings) for d_h, rings in gluon_backend.BACKWARD_TOKENS.items()},
     "weights-128": ("backward_weights_kernel", 128, None),
 }
@@ -47,7 +49,10 @@ def test_the_kernels_compile_for_hopper_and_fit(case):
     else:
         constants = {"D": d_h, "BLOCK_N": rings.block_n, "TILES_E": 2, "KU_STAGES": rings.ku, "V_STAGES": rings.v}
         constants["PARTIAL"] = d_h == 128
-        blocks = {"tokens": (64, d_h), "weights": (rings.block_n, d_h)}
+        blocks = {"tokens": (64, d_h), "weights": (rings.block_n, d_h), "router": (gluon_backend.BLOCK_E, d_h)}
+    if name == "forward_kernel":
+        routed = case.startswith("routed")
+        constants |= {"E": 22, "r": None} if routed else {"E": 0, "w": None}
     dtype = "fp16" if d_h == 64 else "bf16"
     binary = compiled(getattr(gluon_kernels, name), {**constants, "FAST": d_h != 256}, blocks, dtype)
     assert 0 < binary.metadata.shared <= SHARED_MEMORY

@@ -72,6 +72,15 @@ def test_strides():
     check(q, router, dict.fromkeys(("r", "dq", "dw"), 2e-6), torch.randn(1, 75, 1, 5).expand(2, 75, 2, 5))
 
 
+def test_the_halves_of_the_router():
+    _, router = make((1, 1, 3, 48, 5))
+    halves = triton_router.split(router.mT.contiguous().mT, torch.bfloat16, 16)
+    assert halves.shape == (3, 2, 16, 48)
+    sums = halves.double().sum(1)
+    assert (sums[:, :5] - router.mT).abs().max() < 2**-15 * router.abs().max()
+    assert not sums[:, 5:].any()
+
+
 def test_no_tokens():
     q, router = make((2, 0, 2, 32, 5))
     assert triton_router.forward(q, router).shape == (2, 0, 2, 5)
