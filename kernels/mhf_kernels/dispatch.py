@@ -98,14 +98,15 @@ def select_router(q: Tensor, router: Tensor) -> Gate:
     return importlib.import_module(PLAIN_GATE)
 
 
-def routed_forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, router: Tensor) -> Tensor | None:
-    """Return O where the backend for these inputs computes the gate inside its kernel, else None."""
+def routed_forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, router: Tensor) -> Tensor:
+    """Return O: with the gate inside the kernel where the backend for these inputs does that, else from R in memory."""
     batch, length, heads, _ = q.shape
     # What the backend asks about r: where it would lie. No memory is taken for it.
     r = torch.empty(heads, router.shape[2], batch, length, dtype=torch.float32, device="meta").permute(2, 3, 0, 1)
     backend = select(q, k, u, v, r)
     routed = getattr(backend, "routed_forward", None)
-    return None if routed is None else routed(q, k, u, v, router)
+    o = None if routed is None else routed(q, k, u, v, router)
+    return backend.forward(q, k, u, v, select_router(q, router).forward(q, router)) if o is None else o
 
 
 def why_not(name: str, q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> str | None:

@@ -51,6 +51,7 @@ FORWARD = {64: Rings(128, 3, 3), 128: Rings(64, 3, 3), 256: Rings(64, 2, 1)}
 BACKWARD_TOKENS = {64: Rings(64, 3, 3), 128: Rings(64, 3, 2)}
 BACKWARD_WEIGHTS_D_H = 128
 BACKWARD_WEIGHTS_STAGES = 2
+MOST_SPLITS = 8  # of the tokens of dK, dU and dV: bounds the workspace
 ROUTED_D_H = (64, 128)  # at 256 there is no shared memory left for the router and the gate
 BLOCK_E = 32  # sub-networks that a forward with the router has room for
 
@@ -153,7 +154,7 @@ def _forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor | None, route
             partials = part.workspace(q)
             gluon_kernels.forward_kernel[part.grid](
                 *inputs, partials, *((0, 0, 0) if r_seq is None else r_seq.stride()[1:]),
-                tokens, group, tiles, tiles_m, part.first, part.subnetworks,
+                tokens, group, tiles, tiles_m, part.first, part.share,
                 **_constants(rings, k), PARTIAL=part.splits > 1, E=0 if router is None else k.shape[1], num_warps=4,
             )  # fmt: skip
             part.add_up(partials, o, tiles_m)
@@ -172,7 +173,7 @@ def _backward_tokens(grad_o: Tensor, q: Tensor, k: Tensor, u: Tensor, v: Tensor,
             partials = part.workspace(q)
             gluon_kernels.backward_tokens_kernel[part.grid](
                 *inputs, partials, *r_seq.stride()[1:], *dr_seq.stride()[1:],
-                tokens, group, tiles, tiles_m, part.first, part.subnetworks,
+                tokens, group, tiles, tiles_m, part.first, part.share,
                 **_constants(rings, k), PARTIAL=part.splits > 1, num_warps=4,
             )  # fmt: skip
             part.add_up(partials, dq, tiles_m)
@@ -184,17 +185,26 @@ def _backward_weights(
 ) -> list[Tensor | None]:
     grads = [torch.empty_like(w) if needed else None for w, needed in zip((k, u, v), needs_grad, strict=True)]
     r_seq = _sequence(r)
-    kuv_heads, subnetworks, d_e, _ = k.shape
+    kuv_heads, subnetworks, d_e, d_h = k.shape
     tokens, _, group, _, tiles_m = _sizes(q, k, ROWS)
     programs = kuv_heads * subnetworks * d_e // ROWS
+    inputs = _tokens(q, ROWS), _tokens(grad_o, ROWS), *(_rows(w, ROWS, ROWS) for w in (k, u, v)), r_seq
     with on(q.device):
-        gluon_kernels.backward_weights_kernel[(programs,)](
-            _tokens(q, ROWS), _tokens(grad_o, ROWS), *(_rows(w, ROWS, ROWS) for w in (k, u, v)), r_seq,
-            *grads, *r_seq.stride()[1:],
-            tokens, group, subnetworks * d_e, d_e // ROWS, tiles_m,
-            STAGES=BACKWARD_WEIGHTS_STAGES, FAST=triton_backend.gate() == "fast",
-            NEED_K=needs_grad[0], NEED_U=needs_grad[1], NEED_V=needs_grad[2], num_warps=4,
-        )  # fmt: skip
+        for part in _weight_parts(programs, group * tiles_m, q.device):
+            outs = grads
+            if part.splits > 1:
+                rows = part.splits, part.programs * ROWS, d_h
+                outs = [None if grad is None else grad.new_empty(rows, dtype=torch.float32) for grad in grads]
+            gluon_kernels.backward_weights_kernel[part.grid](
+                *inputs, *outs, *r_seq.stride()[1:],
+                tokens, group, subnetworks * d_e, d_e // ROWS, tiles_m, part.first, part.share,
+                STAGES=BACKWARD_WEIGHTS_STAGES, FAST=triton_backend.gate() == "fast",
+                NEED_K=needs_grad[0], NEED_U=needs_grad[1], NEED_V=needs_grad[2], num_warps=4,
+            )  # fmt: skip
+            for partials, grad in zip(outs, grads, strict=True):
+                if part.splits > 1 and grad is not None:
+                    own = slice(part.first * ROWS, (part.first + part.programs) * ROWS)
+                    triton_backend.sum_splits(partials, grad.view(-1, d_h)[own])
     return grads
 
 
@@ -214,19 +224,19 @@ def _or_triton(launch: Callable[[], T], fallback: Callable[[], T], *, wanted: bo
 
 @dataclass(frozen=True)
 class Part:
-    """Some of the programs that own a tile of tokens of a head: `first` to `first + programs`.
+    """Some of a kernel's programs, `first` to `first + programs`, each a tile of tokens of a head or of rows of d_ff.
 
     Attributes:
         first: number of the first one.
         programs: how many.
         splits: programs that share a tile.
-        subnetworks: that each of those computes.
+        share: what each of those walks: sub-networks of a tile of tokens, tiles of tokens for a tile of d_ff.
     """
 
     first: int
     programs: int
     splits: int
-    subnetworks: int
+    share: int
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -249,7 +259,7 @@ class Part:
 
 
 def _parts(programs: int, subnetworks: int, device: torch.device) -> list[Part]:
-    """Cut programs into whole waves, one program on each multiprocessor, and a rest.
+    """Cut tiles of tokens into whole waves, one program on each multiprocessor, and a rest.
 
     Programs of a rest that would leave half of the multiprocessors idle share their tiles, by sub-networks.
     """
@@ -257,9 +267,28 @@ def _parts(programs: int, subnetworks: int, device: torch.device) -> list[Part]:
     rest = programs % slots
     if rest == 0 or slots // rest < 2 or subnetworks == 1:
         return [Part(0, programs, 1, subnetworks)]
-    each = triton.cdiv(subnetworks, min(slots // rest, subnetworks))
-    tail = Part(programs - rest, rest, triton.cdiv(subnetworks, each), each)
-    return [Part(0, programs - rest, 1, subnetworks), tail] if programs > rest else [tail]
+    return _with_rest(programs, rest, subnetworks, min(slots // rest, subnetworks))
+
+
+def _weight_parts(programs: int, tiles: int, device: torch.device) -> list[Part]:
+    """Do the same with tiles of d_ff, of which there are few: their waves are long, and a rest is worth more splits.
+
+    A program walks all tiles of tokens; the rest takes the fewest splits that end it soonest.
+    """
+    slots = multiprocessors(device)
+    rest = programs % slots
+    most = min(MOST_SPLITS, tiles)
+    splits = min(range(1, most + 1), key=lambda n: triton.cdiv(rest * n, slots) * triton.cdiv(tiles, n), default=1)
+    if rest == 0 or splits == 1:
+        return [Part(0, programs, 1, tiles)]
+    return _with_rest(programs, rest, tiles, splits)
+
+
+def _with_rest(programs: int, rest: int, walk: int, splits: int) -> list[Part]:
+    """Split the last programs, each of which has so much to walk; the others stay whole."""
+    share = triton.cdiv(walk, splits)
+    tail = Part(programs - rest, rest, triton.cdiv(walk, share), share)
+    return [Part(0, programs - rest, 1, walk), tail] if programs > rest else [tail]
 
 
 def _constants(rings: Rings, k: Tensor) -> dict[str, int | bool]:

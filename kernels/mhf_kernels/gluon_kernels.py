@@ -447,7 +447,7 @@ def sum_partials_kernel(partials, o, length, heads, tiles_m, first_program, spli
 
 @gluon.jit
 def _backward_weights_consumer(
-    WG: gl.constexpr, weights, tokens, scores, dk, du, dv, row, tiles,
+    WG: gl.constexpr, weights, tokens, scores, dk, du, dv, out_row, tiles,
     FAST: gl.constexpr, NEED_K: gl.constexpr, NEED_U: gl.constexpr, NEED_V: gl.constexpr,
 ):  # fmt: skip
     k_buf, u_buf, v_buf, w_full = weights
@@ -505,7 +505,7 @@ def _backward_weights_consumer(
         du_acc, dk_acc = warpgroup_mma_wait(0, deps=[du_acc, dk_acc])
         mbarrier.arrive(empty.index(stage), count=1)
 
-    rows = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, score))
+    rows = out_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, score))
     cols = WG * ROWS + gl.arange(0, ROWS, layout=columns)
     offsets = rows.to(gl.int64)[:, None] * (2 * ROWS) + cols[None, :]
     if NEED_K:
@@ -518,7 +518,7 @@ def _backward_weights_consumer(
 
 @gluon.jit
 def _backward_weights_producer(
-    weights, tokens, q, grad_o, k, u, v, r, r_l, r_h, length, first_head, tiles_m, row, tiles
+    weights, tokens, q, grad_o, k, u, v, r, r_l, r_h, length, first_head, tiles_m, row, first, tiles
 ):
     k_buf, u_buf, v_buf, w_full = weights
     q_buf, g_buf, r_buf, full, empty = tokens
@@ -530,8 +530,8 @@ def _backward_weights_producer(
         tma.async_copy_global_to_shared(v, [row, half * ROWS], w_full, v_buf.index(half))
     token = gl.arange(0, ROWS, layout=gl.BlockedLayout([2], [32], [1], [0]))
     for i in range(tiles):
-        head = first_head + i // tiles_m
-        start = (i % tiles_m) * (2 * ROWS)
+        head = first_head + (first + i) // tiles_m
+        start = ((first + i) % tiles_m) * (2 * ROWS)
         stage = i % STAGES
         bar = full.index(stage)
         mbarrier.wait(empty.index(stage), ((i // STAGES) & 1) ^ 1)
@@ -551,22 +551,26 @@ def _backward_weights_producer(
 @gluon.jit
 def backward_weights_kernel(
     q, grad_o, k, u, v, r, dk, du, dv, r_l, r_h, r_e,
-    length, group, d_ff, blocks_e, tiles_m,
+    length, group, d_ff, blocks_e, tiles_m, first_program, share,
     STAGES: gl.constexpr, FAST: gl.constexpr,
     NEED_K: gl.constexpr, NEED_U: gl.constexpr, NEED_V: gl.constexpr,
 ):  # fmt: skip
-    """Write dK, dU and dV of 64 rows of d_ff, for d_h = 128.
+    """Write dK, dU and dV of 64 rows of d_ff, for d_h = 128; with splits, what some of the tokens add to them.
 
-    Grid `(kuv heads * d_ff / 64,)`. A tile has 128 tokens. Each warpgroup computes the scores of half of them, as
+    Grid `(programs, splits)`; a split walks `share` tiles of 128 tokens. Program p owns block `p` of 64 rows, counted
+    over the K/U/V heads; the grid begins at first_program. dk, du, dv: `[kuv heads * d_ff, 128]`, or with splits
+    `[splits, programs * 64, 128]`, float32. Each warpgroup computes the scores of half of them, as
     `[rows of d_ff, tokens]`, and owns the sums of half of d_h; A, dN and dM pass between the two through shared memory.
     (The sums of one warpgroup for all of d_h would take 192 registers a thread, and leave too few for the scores.) The
     query heads of one K/U/V head are so many more tiles. blocks_e: blocks of 64 rows in a sub-network. All
     descriptors have blocks `[64, 64]`.
     """
-    row = gl.program_id(0) * ROWS
+    row = (gl.program_id(0) + first_program) * ROWS
+    out_row = (gl.program_id(1) * gl.num_programs(0) + gl.program_id(0)) * ROWS
     kuv = row // d_ff
     e = ((row % d_ff) // ROWS) // blocks_e
-    tiles = group * tiles_m
+    first = gl.program_id(1) * share
+    tiles = gl.minimum(group * tiles_m - first, share)
 
     k_buf = gl.allocate_shared_memory(k.dtype, [2, ROWS, ROWS], k.layout)
     u_buf = gl.allocate_shared_memory(k.dtype, [2, ROWS, ROWS], k.layout)
@@ -593,17 +597,17 @@ def backward_weights_kernel(
         [
             (
                 _backward_weights_consumer,
-                (0, weights, tokens, scores, dk, du, dv, row, tiles, FAST, NEED_K, NEED_U, NEED_V),
+                (0, weights, tokens, scores, dk, du, dv, out_row, tiles, FAST, NEED_K, NEED_U, NEED_V),
             ),
             (
                 _backward_weights_consumer,
-                (1, weights, tokens, scores, dk, du, dv, row, tiles, FAST, NEED_K, NEED_U, NEED_V),
+                (1, weights, tokens, scores, dk, du, dv, out_row, tiles, FAST, NEED_K, NEED_U, NEED_V),
             ),
             (
                 _backward_weights_producer,
                 (
                     weights, tokens, q, grad_o, k, u, v, r, r_l, r_h,
-                    length, kuv * group, tiles_m, row, tiles,
+                    length, kuv * group, tiles_m, row, first, tiles,
                 ),
             ),
         ],

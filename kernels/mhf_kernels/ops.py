@@ -52,12 +52,8 @@ def _or_empty(grads: tuple[Tensor | None, ...], inputs: tuple[Tensor, ...]) -> A
 
 @torch.library.custom_op("mhf::flash_mhf_routed", mutates_args=())
 def flash_mhf_routed_op(q: Tensor, k: Tensor, u: Tensor, v: Tensor, router: Tensor) -> Tensor:
-    """Run the forward with the gate inside, where there are kernels for that; else compute R first."""
-    o = dispatch.routed_forward(q, k, u, v, router)
-    if o is not None:
-        return o
-    r = dispatch.select_router(q, router).forward(q, router)
-    return dispatch.select(q, k, u, v, r).forward(q, k, u, v, r)
+    """Run the forward, with the gate inside the kernel where there is one for that."""
+    return dispatch.routed_forward(q, k, u, v, router)
 
 
 @torch.library.custom_op("mhf::flash_mhf_routed_backward", mutates_args=())

@@ -1,4 +1,4 @@
-"""What CUDA kernels do otherwise than the CPU's, for steps traced on fake CPU tensors. Torch and mhf_kernels only.
+"""What CUDA kernels do otherwise than the CPU's, for steps traced on fake CPU tensors. Torch, mhf_kernels and model/.
 
 Autograd refuses CUDA tensors, fake ones too, in a build of PyTorch without CUDA. So a step is traced on the CPU, and
 the few operations whose memory differs are replaced here.
@@ -7,7 +7,7 @@ the few operations whose memory differs are replaced here.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -21,6 +21,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
 from torch.distributed.tensor import DTensor
 
+from mhf_lightning.model import loss
 from mhf_lightning.plan.tracker import LiveMemory
 
 RMS_NORM = F.rms_norm
@@ -37,6 +38,21 @@ def cuda_kernels() -> Iterator[None]:
     The function is replaced for all of the process: autograd, which runs forwards again, leaves PyTorch's modes.
     """
     with mock.patch.object(F, "rms_norm", _rms_norm):
+        yield
+
+
+@contextmanager
+def fused_loss(memory: LiveMemory) -> Iterator[None]:
+    """Count the chunks of the loss as a GPU runs them, compiled: their float32 logits are no memory."""
+
+    def fused(function: Callable[..., Any], _device_type: str) -> Callable[..., Any]:
+        def run(*args: Tensor) -> Any:
+            with memory.fusing(KERNELS):
+                return function(*args)
+
+        return run
+
+    with mock.patch.object(loss, "fused", fused):
         yield
 
 

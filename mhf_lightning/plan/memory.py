@@ -18,7 +18,14 @@ from mhf_lightning.model.checkpointing import ActivationCheckpointing
 from mhf_lightning.model.loss import LossSums
 from mhf_lightning.model.parallel import shard, split_heads
 from mhf_lightning.model.transformer import Block
-from mhf_lightning.plan.cuda import LARGE_WORKSPACE, SCRATCH, SMALL_WORKSPACE, CompiledBlocks, cuda_kernels
+from mhf_lightning.plan.cuda import (
+    LARGE_WORKSPACE,
+    SCRATCH,
+    SMALL_WORKSPACE,
+    CompiledBlocks,
+    cuda_kernels,
+    fused_loss,
+)
 from mhf_lightning.plan.tracker import LiveMemory
 
 StrategyName = Literal["single", "ddp", "fsdp2", "zero2", "zero3"]
@@ -75,7 +82,7 @@ def trace(step: Step, *, large_workspace: bool = True) -> LiveMemory:
     compiled = CompiledBlocks(memory) if step.compile_blocks and step.activation_checkpointing == "none" else None
     with _fake_processes(step) as mesh:
         decoder = _place(step, mesh)  # on the meta device
-        with FakeTensorMode(allow_non_fake_inputs=True), memory, cuda_kernels():
+        with FakeTensorMode(allow_non_fake_inputs=True), memory, cuda_kernels(), fused_loss(memory):
             decoder = decoder.to_empty(device="cpu")
             if step.decoder.tie_embeddings and mesh is None:  # to_empty takes them apart; FSDP2 does not
                 decoder.head.weight = decoder.embedding.weight

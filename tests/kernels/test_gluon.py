@@ -67,11 +67,27 @@ def test_waves_and_rest_make_all_programs_and_subnetworks(monkeypatch, programs,
     assert [part.first for part in parts] == [0, parts[0].programs][: len(parts)]
     assert sum(part.programs for part in parts) == programs
     for part in parts:
-        assert (part.splits - 1) * part.subnetworks < subnetworks <= part.splits * part.subnetworks
+        assert (part.splits - 1) * part.share < subnetworks <= part.splits * part.share
     if len(parts) == 2:
         assert parts[0].programs % 132 == 0
         assert parts[0].splits == 1 < parts[1].splits
         assert parts[1].programs * parts[1].splits <= 132
+
+
+@pytest.mark.parametrize(("programs", "splits", "waves"), [(352, 3, 2 + 2 / 3), (1408, 3, 10 + 2 / 3), (96, 4, 3 / 4)])
+@pytest.mark.parametrize("tiles", [2, 5, 240])
+def test_the_rest_of_dk_du_dv_ends_soonest(monkeypatch, programs, splits, waves, tiles):
+    monkeypatch.setattr(gluon_backend, "multiprocessors", lambda device: 132)
+    parts = gluon_backend._weight_parts(programs, tiles, torch.device("cpu"))
+    assert [part.first for part in parts] == [0, parts[0].programs][: len(parts)]
+    assert sum(part.programs for part in parts) == programs
+    assert all((part.splits - 1) * part.share < tiles <= part.splits * part.share for part in parts)
+    if tiles == 240:
+        assert parts[-1].splits == splits
+        lasts = sum(-(-part.programs * part.splits // 132) * part.share for part in parts)
+        assert lasts == pytest.approx(waves * tiles)
+    assert gluon_backend._weight_parts(264, tiles, torch.device("cpu")) == [gluon_backend.Part(0, 264, 1, tiles)]
+    assert gluon_backend._weight_parts(131, tiles, torch.device("cpu")) == [gluon_backend.Part(0, 131, 1, tiles)]
 
 
 def test_running_out_of_memory_is_not_taken_for_a_compiler_that_fails(monkeypatch):
