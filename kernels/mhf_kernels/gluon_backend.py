@@ -75,7 +75,8 @@ def _device_refusal(q: Tensor) -> str | None:
 
 def _layout_refusal(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> str | None:
     d_e, d_h = k.shape[2:]
-    programs = triton.cdiv(q.shape[0] * q.shape[1], TOKENS) * q.shape[2]
+    tokens = q.shape[0] * q.shape[1]
+    programs = triton.cdiv(tokens, TOKENS) * q.shape[2] * k.shape[1]  # that can be had: a tile, a head, a sub-network
     if d_h not in FORWARD:
         reason = f"need d_h to be one of {', '.join(map(str, FORWARD))}; it is {d_h}"
     elif d_e % ROWS:
@@ -84,8 +85,12 @@ def _layout_refusal(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> st
         reason = "need k, u and v to be contiguous"
     elif not _is_matrix(q) or not _is_sequence(r):
         reason = "need q [B, L, H, d_h] to have its heads behind one another, and q and r one distance between tokens"
+    elif tokens <= TOKENS:
+        reason = f"need more than {TOKENS} tokens, and there are {tokens}"
     elif programs < multiprocessors(q.device):
-        reason = f"need a tile of {TOKENS} tokens and a head for each multiprocessor; {programs} do not fill this GPU"
+        reason = (
+            f"need tiles of {TOKENS} tokens, heads and sub-networks for each multiprocessor; {programs} are too few"
+        )
     else:
         return None
     return f"the gluon kernels {reason}"

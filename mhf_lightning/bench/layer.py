@@ -52,6 +52,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--length", type=int, nargs="+", metavar="L", help="tokens of a sequence")
     parser.add_argument("--d_model", type=int, nargs="+", metavar="N", help="widths of the layer")
     parser.add_argument("--d_h", type=int, nargs="+", metavar="N", help="widths of a FlashMHF head")
+    parser.add_argument(
+        "--d_e", type=int, default=D_E, metavar="N", help=f"width of a FlashMHF sub-network (default {D_E})"
+    )
     parser.add_argument("--batch", type=int, metavar="B", help=f"sequences (default {BATCH})")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on the CPU")
     parser.add_argument(
@@ -90,11 +93,13 @@ def _points(args: argparse.Namespace) -> list[Sizes]:
     batch = BATCH if args.batch is None else args.batch
     if args.shape or given:
         grid = itertools.product(args.d_model or [D_MODEL], args.d_h or [D_H], args.length or [LENGTH])
-        return [Sizes(batch, length, d_model, d_h) for d_model, d_h, length in grid]
-    points = [Sizes(batch, length, D_MODEL, D_H) for length in (QUICK_LENGTHS if args.quick else SWEEP_LENGTHS)]
+        return [Sizes(batch, length, d_model, d_h, args.d_e) for d_model, d_h, length in grid]
+    points = [
+        Sizes(batch, length, D_MODEL, D_H, args.d_e) for length in (QUICK_LENGTHS if args.quick else SWEEP_LENGTHS)
+    ]
     if not args.quick:
-        points += [Sizes(batch, LENGTH, d_model, D_H) for d_model in SWEEP_D_MODEL]
-        points += [Sizes(batch, LENGTH, D_MODEL, d_h) for d_h in SWEEP_D_H]
+        points += [Sizes(batch, LENGTH, d_model, D_H, args.d_e) for d_model in SWEEP_D_MODEL]
+        points += [Sizes(batch, LENGTH, D_MODEL, d_h, args.d_e) for d_h in SWEEP_D_H]
     return points
 
 
@@ -119,10 +124,10 @@ def run(points: list[Sizes], peers: list[Peer], dtype_name: str | None, seconds:
 
     decode_rows: list[Row] = []
     decode_csv = report.CsvFile(output / "decode.csv", report.DECODE_COLUMNS)
-    layers = dict.fromkeys((sizes.d_model, sizes.d_h) for sizes in points)
-    for (d_model, d_h), tokens in itertools.product(layers, DECODE_TOKENS):
-        measure.say(f"decoding {tokens} tokens, d_model {d_model}, d_h {d_h}: flash_mhf_op")
-        decode_rows.append(_decode_row(Sizes(tokens, 1, d_model, d_h), dtype, stopwatch) | about)
+    layers = dict.fromkeys((sizes.d_model, sizes.d_h, sizes.d_e) for sizes in points)
+    for (d_model, d_h, d_e), tokens in itertools.product(layers, DECODE_TOKENS):
+        measure.say(f"decoding {tokens} tokens, d_model {d_model}, d_h {d_h}, d_e {d_e}: flash_mhf_op")
+        decode_rows.append(_decode_row(Sizes(tokens, 1, d_model, d_h, d_e), dtype, stopwatch) | about)
         decode_csv.write(decode_rows[-1])
         measure.release(stopwatch.device)
     decode_csv.close()
@@ -166,7 +171,7 @@ def _layer_row(peer: Peer, sizes: Sizes, dtype: torch.dtype, ceiling: float, sto
         "d_h": sizes.d_h,
         "num_heads": sizes.num_heads if is_mhf else "",
         "num_subnetworks": sizes.num_subnetworks if is_mhf else "",
-        "d_e": D_E if is_mhf else "",
+        "d_e": sizes.d_e if is_mhf else "",
         "d_ff": peer.d_ff(sizes),
         "backend": "",
         "gemm_tflops": ceiling / 1e12,
@@ -210,7 +215,7 @@ def _decode_row(sizes: Sizes, dtype: torch.dtype, stopwatch: Stopwatch) -> Row:
         "d_h": sizes.d_h,
         "num_heads": sizes.num_heads,
         "num_subnetworks": sizes.num_subnetworks,
-        "d_e": D_E,
+        "d_e": sizes.d_e,
     }
     device = stopwatch.device
     weights_bytes = 3 * sizes.d_model * sizes.mhf_d_ff * dtype.itemsize
@@ -253,7 +258,7 @@ def _backend(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> str:
         return torch.empty(shape, device=device, dtype=of)
 
     heads, subnetworks = sizes.num_heads, sizes.num_subnetworks
-    k, u, v = (empty(heads, subnetworks, D_E, sizes.d_h) for _ in range(3))
+    k, u, v = (empty(heads, subnetworks, sizes.d_e, sizes.d_h) for _ in range(3))
     q = empty(sizes.batch, sizes.length, heads, sizes.d_h)
     r = empty(sizes.batch, sizes.length, heads, subnetworks, of=torch.float32)
     return dispatch.select(q, k, u, v, r).name

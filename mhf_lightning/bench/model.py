@@ -7,7 +7,7 @@ import csv
 import datetime
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from types import MethodType
@@ -34,7 +34,17 @@ SECONDS, QUICK_SECONDS = 3.0, 0.3
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 COLUMNS = (
-    *("model", "mode", "status", "L", "batch", "num_layers", "parameters", "non_embedding"),
+    *(
+        "model",
+        "mode",
+        "fully_checkpointed_blocks",
+        "status",
+        "L",
+        "batch",
+        "num_layers",
+        "parameters",
+        "non_embedding",
+    ),
     *("inference_ms", "inference_peak_mib", "step_ms", "tokens_per_s", "step_share", "training_peak_mib"),
     *("gemm_tflops", "device", "dtype", "torch", "triton"),
 )
@@ -57,6 +67,7 @@ class Mode:
 
     compiled: bool = False
     checkpointing: ActivationCheckpointing = "none"
+    fully_checkpointed_blocks: int = 0
     unfused: bool = False
 
 
@@ -64,6 +75,7 @@ MODES = {
     "eager": Mode(),
     "compiled": Mode(compiled=True),
     "compiled_selective": Mode(compiled=True, checkpointing="selective"),
+    "compiled_ffn": Mode(compiled=True, checkpointing="ffn"),
     "compiled_checkpoint": Mode(compiled=True, checkpointing="full"),
     "unfused": Mode(unfused=True),
 }
@@ -84,6 +96,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--tokens", type=int, metavar="N", default=TOKENS, help=f"of a call, B * L (default {TOKENS}); L must divide it"
     )
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="default: all")
+    parser.add_argument(
+        "--fully_checkpointed_blocks",
+        type=int,
+        default=0,
+        metavar="N",
+        help="in mode compiled_ffn: first blocks that keep their input only (default 0)",
+    )
     parser.add_argument("--only", choices=("inference", "training"), help="default: both")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on the CPU")
     parser.add_argument("--quick", action="store_true", help="shorter measurements")
@@ -164,7 +183,8 @@ def run(args: argparse.Namespace) -> int:
         for length in args.length
         for name, config in models.items()
         for mode in sorted(args.modes, key=list(MODES).index)
-        if not MODES[mode].unfused or _can_be_unfused(config)
+        if (not MODES[mode].unfused or _can_be_unfused(config))
+        and (MODES[mode].checkpointing != "ffn" or config.ffn.name == "flash_mhf")  # else the same as "full"
     ]
     rows: list[Row] = []
     file_of_rows = report.CsvFile(output / "model.csv", COLUMNS)
@@ -174,7 +194,10 @@ def run(args: argparse.Namespace) -> int:
             ceilings[length] = measure.gemm_flops_per_s(dtype, stopwatch)
         started = time.perf_counter()
         measure.say(f"[{len(rows) + 1}/{len(cases)}] L {length}: {name}, {mode}")
-        case = _Case(models[name], MODES[mode], args.tokens // length, length, dtype, stopwatch)
+        how = MODES[mode]
+        if how.checkpointing == "ffn":
+            how = replace(how, fully_checkpointed_blocks=args.fully_checkpointed_blocks)
+        case = _Case(models[name], how, args.tokens // length, length, dtype, stopwatch)
         row = {"model": name, "mode": mode} | about | case.row(args.only, ceilings[length])
         rows.append(row)
         file_of_rows.write(row)
@@ -216,6 +239,7 @@ class _Case:
             "status": "",
             "L": self.length,
             "batch": self.batch,
+            "fully_checkpointed_blocks": self.mode.fully_checkpointed_blocks or "",
             "num_layers": self.config.num_layers,
             "parameters": parameters.total,
             "non_embedding": parameters.non_embedding,
@@ -246,9 +270,9 @@ class _Case:
     def _build(self, dtype: torch.dtype) -> Decoder:
         with measure.out_of_memory(), self.stopwatch.device:
             decoder = Decoder(self.config).to(dtype)
+        decoder.set_activation_checkpointing(self.mode.checkpointing, self.mode.fully_checkpointed_blocks)
         for block in decoder.blocks:
             layer: Any = block
-            layer.activation_checkpointing = self.mode.checkpointing
             if self.mode.unfused:
                 assert isinstance(layer.ffn, FlashMHF)
                 setattr(layer.ffn, "forward", MethodType(UnfusedMHF.forward, layer.ffn))  # noqa: B010
@@ -306,6 +330,7 @@ def tables(rows: Iterable[Row]) -> str:
     headings = {
         "model": "model",
         "mode": "mode",
+        "fully_checkpointed_blocks": "full blocks",
         "num_layers": "layers",
         "parameters": "parameters",
         "inference_ms": "inference ms",
@@ -362,7 +387,7 @@ def plot(csv_path: Path, png_path: Path) -> None:
     figure = Figure(figsize=(4.5 * len(panels), 5), layout="constrained")
     curves = list(dict.fromkeys((row["model"], row["mode"]) for row in rows))
     names = list(dict.fromkeys(model for model, _ in curves))
-    styles = dict(zip(MODES, ("-", "--", "-.", ":", "-"), strict=True))
+    styles = dict(zip(MODES, ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), ":", "-"), strict=True))
     line = figure.subplots(1, len(panels), squeeze=False)[0]
     for panel, (column, title) in zip(line, panels.items(), strict=True):
         for model, mode in curves:

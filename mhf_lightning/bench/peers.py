@@ -27,8 +27,8 @@ class Sizes:
     """Sizes of one measurement; the FlashMHF layer and the SwiGLU layer that a model of this width would use.
 
     SwiGLU has `d_ff = 8/3 d_model` rounded up to a multiple of 64: the rule of the paper's three sizes. FlashMHF has
-    sub-networks of `d_e = 256`, as many as it takes to reach that d_ff: the rule of the released configs. A change of
-    d_h alone leaves FLOPs and parameters as they are.
+    sub-networks of `d_e`, as many as it takes to reach that d_ff: with 256, the rule of the released configs. A change
+    of d_h alone leaves FLOPs and parameters as they are.
 
     Raises:
         ValueError: d_model is not a multiple of d_h, or a size is below 1.
@@ -38,6 +38,7 @@ class Sizes:
     length: int
     d_model: int
     d_h: int
+    d_e: int = D_E
 
     def __post_init__(self) -> None:
         for name, size in vars(self).items():
@@ -64,12 +65,12 @@ class Sizes:
     @property
     def num_subnetworks(self) -> int:
         """E of FlashMHF."""
-        return math.ceil(self.swiglu_d_ff / D_E)
+        return math.ceil(self.swiglu_d_ff / self.d_e)
 
     @property
     def mhf_d_ff(self) -> int:
         """Width of one FlashMHF head's intermediate, `E * d_e`."""
-        return self.num_subnetworks * D_E
+        return self.num_subnetworks * self.d_e
 
 
 class SwiGLU(nn.Module):
@@ -195,15 +196,15 @@ def _liger(module: str, name: str) -> Callable[[Sizes], nn.Module]:
 
 
 def _mhf(kind: type[FlashMHF]) -> Callable[[Sizes], nn.Module]:
-    return lambda sizes: kind(sizes.d_model, sizes.num_heads, sizes.num_subnetworks, D_E)
+    return lambda sizes: kind(sizes.d_model, sizes.num_heads, sizes.num_subnetworks, sizes.d_e)
 
 
 def _recomputing(sizes: Sizes) -> nn.Module:
-    return FlashMHF(sizes.d_model, sizes.num_heads, sizes.num_subnetworks, D_E, recompute_queries=True)
+    return FlashMHF(sizes.d_model, sizes.num_heads, sizes.num_subnetworks, sizes.d_e, recompute_queries=True)
 
 
 def _op(sizes: Sizes) -> nn.Module:
-    return FlashMHFOp(sizes.num_heads, sizes.num_subnetworks, D_E, sizes.d_h)
+    return FlashMHFOp(sizes.num_heads, sizes.num_subnetworks, sizes.d_e, sizes.d_h)
 
 
 PEERS = {

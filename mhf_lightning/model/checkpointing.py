@@ -10,22 +10,20 @@ import mhf_kernels  # noqa: F401 - registers torch.ops.mhf
 import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-ActivationCheckpointing = Literal["none", "full", "selective"]
+ActivationCheckpointing = Literal["none", "selective", "ffn", "full"]
 
-# What `selective` keeps: the outputs of attention and of FlashMHF's op. Both are costly to compute again and no larger
-# than the block's input. FlashMHF's output is the input of W_out, whose backward wants it; the op's backward wants Q
-# only, one matrix product away. All else is computed again: norms, projections, rotary, a SwiGLU's intermediate.
-# On an H100 (docs/measured: training-370m.csv) a step of FlashMHF takes 313 ms and 21.8 GiB with `none`, 362 ms
-# and 8.6 GiB with `full`, 327 ms and 11.2 GiB with `selective`: the two tensors of a block, 2.6 GiB of 20 blocks, buy
-# back 35 of 50 ms.
-KEPT_OPS = (
-    torch.ops.mhf.flash_mhf_routed.default,
-    torch.ops.mhf.flash_mhf.default,
+# FlashMHF's output is the input of W_out, whose backward wants it; the op's backward wants Q only, one matrix product
+# away. Attention's backward wants its output too. Both are costly to compute again and no larger than a block's input.
+# All else is computed again: norms, projections, rotary, a SwiGLU's intermediate. What each choice costs is measured:
+# README, "activation checkpointing".
+FFN_OPS = (torch.ops.mhf.flash_mhf_routed.default, torch.ops.mhf.flash_mhf.default)
+ATTENTION_OPS = (
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
 )
+KEPT_OPS = {"selective": [*FFN_OPS, *ATTENTION_OPS], "ffn": [*FFN_OPS]}
 
 
 def checkpointed(function: Callable[..., Any], mode: ActivationCheckpointing, *args: Any, dropout: bool) -> Any:
@@ -33,15 +31,16 @@ def checkpointed(function: Callable[..., Any], mode: ActivationCheckpointing, *a
 
     Args:
         function: What to run; it may run again in the backward.
-        mode: ``none`` keeps everything, ``full`` the arguments only, ``selective`` also the outputs of ``KEPT_OPS``.
+        mode: ``none`` keeps everything, ``full`` the arguments only, ``ffn`` also the output of FlashMHF's op,
+            ``selective`` attention's output too.
         args: Arguments of the function.
         dropout: Whether the function draws random numbers, which must be the same the second time.
     """
     if mode == "none" or not torch.is_grad_enabled():
         return function(*args)
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": dropout}
-    if mode == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, list(KEPT_OPS))
+    if mode in KEPT_OPS:
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, KEPT_OPS[mode])
     return checkpoint(function, *args, **options)
 
 
@@ -49,7 +48,7 @@ def check_mode(mode: str) -> None:
     """Refuse an unknown mode.
 
     Raises:
-        ValueError: The mode is not one of ``none``, ``full`` and ``selective``.
+        ValueError: The mode is not one of ``none``, ``selective``, ``ffn`` and ``full``.
     """
     if mode not in get_args(ActivationCheckpointing):
         raise ValueError(

@@ -71,7 +71,7 @@ class _Sums(torch.autograd.Function):
             grad, grad_at_target = fused(logits_gradient, hidden.device.type)(hidden[rows], low, *numbers)
             grad.scatter_(1, _index(targets[rows]), grad_at_target)
             grad_hidden[rows] = grad @ low
-            grad_weight += grad.T @ hidden[rows].to(ctx.dtype)
+            add_product(grad_weight, grad.T, hidden[rows].to(ctx.dtype))
             del grad  # before the next chunk's exists
         return grad_hidden, grad_weight.to(weight.dtype), None, None
 
@@ -96,6 +96,14 @@ def logits_gradient(
     grad_at_target = (picked - log_z[:, None]).exp() * share[:, None] - at_target[:, None]
     grad = logits.sub_(log_z[:, None]).exp_().mul_(share[:, None])
     return grad.to(low.dtype), grad_at_target.to(low.dtype)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add ``a @ b`` in place to a wider ``total``: on a GPU inside the product, else by way of the dtype of ``a``."""
+    if total.device.type == "cuda" and a.dtype != total.dtype:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
 
 
 @functools.cache

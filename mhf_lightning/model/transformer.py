@@ -78,6 +78,12 @@ class Decoder(nn.Module):
         if not self.embedding.weight.is_meta:
             self.reset_parameters()
 
+    def set_activation_checkpointing(self, mode: ActivationCheckpointing, fully_checkpointed_blocks: int = 0) -> None:
+        """Say what blocks keep for the backward: so many of the first ones their input only, the others as ``mode``."""
+        for i, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            block.activation_checkpointing = "full" if i < fully_checkpointed_blocks else mode
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw all weights: embedding, head and attention with std 0.02, the FFN as its initialisation says."""

@@ -132,6 +132,7 @@ def make_plan(options: Any, model: PretrainModule, data: TokenDataModule) -> Pla
         accumulate=options.trainer.accumulate_grad_batches,
         precision=_precision(options.trainer.precision),
         activation_checkpointing=model.activation_checkpointing,
+        fully_checkpointed_blocks=model.fully_checkpointed_blocks,
         compile_blocks=model.compile_blocks,
         document_masking=data.document_masking,
         **strategy,
@@ -213,7 +214,8 @@ def show(plan: Plan, gpu: GPU, name: str, mfu: float) -> None:
     run.add_row("GPUs", ranks)
     run.add_row("strategy", f"{step.strategy}, {step.precision}")
     compiled = "compiled" if step.compile_blocks else "eager"
-    run.add_row("blocks", f"{compiled}, activation checkpointing {step.activation_checkpointing}")
+    full = f", the first {step.fully_checkpointed_blocks} full" if step.fully_checkpointed_blocks else ""
+    run.add_row("blocks", f"{compiled}, activation checkpointing {step.activation_checkpointing}{full}")
     shape = f"{step.micro_batch_size} x {step.context_length:,} tokens"
     run.add_row("micro-batch", f"{shape} on each GPU, {step.accumulate} a step")
     run.add_row("tokens per step", f"{plan.tokens_per_step:,}")
@@ -267,7 +269,7 @@ def main(args: list[str]) -> int:
     print(
         f"mhf plan: does not fit: the peak is {plan.memory.peak / GIB:.1f} GiB, a {options.gpu} can give "
         f"{plan.usable / GIB:.1f} GiB ({_kept()}). Lower data.micro_batch_size and raise "
-        f"trainer.accumulate_grad_batches, set model.activation_checkpointing to selective or full, "
+        f"trainer.accumulate_grad_batches, set model.activation_checkpointing to selective, ffn or full, "
         f"or shard with configs/trainer/fsdp2.yaml",
         file=sys.stderr,
     )

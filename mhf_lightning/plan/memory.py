@@ -17,7 +17,6 @@ from mhf_lightning.model import Decoder, DecoderConfig
 from mhf_lightning.model.checkpointing import ActivationCheckpointing
 from mhf_lightning.model.loss import LossSums
 from mhf_lightning.model.parallel import shard, split_heads
-from mhf_lightning.model.transformer import Block
 from mhf_lightning.plan.cuda import (
     LARGE_WORKSPACE,
     SCRATCH,
@@ -43,6 +42,7 @@ class Step:
         accumulate: Micro-batches of a step.
         precision: Lightning's name, one of ``PRECISIONS``.
         activation_checkpointing: What blocks keep for the backward.
+        fully_checkpointed_blocks: First blocks that keep their input only.
         compile_blocks: Blocks are compiled; with checkpointing, what they keep is the same as eager.
         document_masking: Attention stays inside a document.
         strategy: How the model is spread.
@@ -58,6 +58,7 @@ class Step:
     accumulate: int = 1
     precision: str = "bf16-mixed"
     activation_checkpointing: ActivationCheckpointing = "none"
+    fully_checkpointed_blocks: int = 0
     compile_blocks: bool = False
     document_masking: bool = False
     strategy: StrategyName = "single"
@@ -102,9 +103,7 @@ def _place(step: Step, mesh: DeviceMesh | None) -> Decoder:
         decoder = Decoder(step.decoder)
     if step.precision == "bf16-true" or (step.strategy in ("zero2", "zero3") and step.precision == "bf16-mixed"):
         decoder.bfloat16()
-    for block in decoder.blocks:
-        assert isinstance(block, Block)
-        block.activation_checkpointing = step.activation_checkpointing
+    decoder.set_activation_checkpointing(step.activation_checkpointing, step.fully_checkpointed_blocks)
     if mesh is not None:
         split_heads(decoder, mesh["tensor_parallel"])
         in_bf16 = step.precision.startswith("bf16")

@@ -19,7 +19,6 @@ from mhf_lightning.model import Decoder, DecoderConfig
 from mhf_lightning.model.checkpointing import ActivationCheckpointing, check_mode
 from mhf_lightning.model.loss import LossSums
 from mhf_lightning.model.parallel import broadcast_weights, shard, split_heads
-from mhf_lightning.model.transformer import Block
 from mhf_lightning.training.gradients import Gradients, ParameterGradients, ZeroGradients
 from mhf_lightning.training.optimizer import OptimizerConfig, ScheduleConfig, build_adamw
 from mhf_lightning.training.ranks import data_parallel_group, data_parallel_ranks
@@ -48,6 +47,7 @@ class PretrainModule(LightningModule):
         z_loss: float = 0.0,
         compile_blocks: bool = False,
         activation_checkpointing: ActivationCheckpointing = "none",
+        fully_checkpointed_blocks: int = 0,
         max_skipped_steps: int = 3,
         tune_kernels: bool = False,
         init_from: Optional[str] = None,  # noqa: UP045 - the CLI evaluates annotations, also on Python 3.10
@@ -61,7 +61,8 @@ class PretrainModule(LightningModule):
             z_loss: Weight of the mean squared log-normaliser of the softmax, added to the loss; 0 turns it off.
             compile_blocks: Compile every block with torch.compile; checkpoint keys stay the same.
             activation_checkpointing: What each block keeps for its backward: ``none`` everything, ``full`` its input,
-                ``selective`` also the outputs of attention and of FlashMHF's op.
+                ``ffn`` also the output of FlashMHF's op, ``selective`` that of attention too.
+            fully_checkpointed_blocks: First blocks that keep their input only, whatever activation_checkpointing says.
             max_skipped_steps: Steps with a loss or gradient that is not finite to leave out in a row before the run
                 stops with an error; 0 stops at the first.
             tune_kernels: Measure the tiles of FlashMHF's Triton kernels before training instead of taking them from the
@@ -75,12 +76,18 @@ class PretrainModule(LightningModule):
         if max_skipped_steps < 0:
             raise ValueError(f"max_skipped_steps is {max_skipped_steps}; it must be 0 or more")
         check_mode(activation_checkpointing)
+        if not 0 <= fully_checkpointed_blocks <= decoder.num_layers:
+            raise ValueError(
+                f"fully_checkpointed_blocks is {fully_checkpointed_blocks}; it must be from 0 to the model's "
+                f"{decoder.num_layers} blocks"
+            )
         self.decoder = Decoder(decoder)
         self.optimizer_config = optimizer
         self.schedule_config = schedule
         self.z_loss = z_loss
         self.compile_blocks = compile_blocks
         self.activation_checkpointing = activation_checkpointing
+        self.fully_checkpointed_blocks = fully_checkpointed_blocks
         self.max_skipped_steps = max_skipped_steps
         self.tune_kernels = tune_kernels
         self.init_from = init_from
@@ -92,6 +99,7 @@ class PretrainModule(LightningModule):
         self._skipped_in_a_row = 0
         self._model_configured = False
         self.step_loss: Tensor | None = None  # of the last optimiser step, over all ranks; on the device
+        self.step_grad_norm: Tensor | None = None  # the same, before clipping
         self._positions_per_batch = 0
         self._window: list[tuple[Tensor, Tensor]] = []  # ([nll, tokens] float64, sample_index) of each micro-batch
 
@@ -131,9 +139,8 @@ class PretrainModule(LightningModule):
         if mesh is not None:
             broadcast_weights(self.decoder, self.trainer.strategy.root_device)
             split_heads(self.decoder, mesh["tensor_parallel"])
+        self.decoder.set_activation_checkpointing(self.activation_checkpointing, self.fully_checkpointed_blocks)
         for block in self.decoder.blocks:
-            assert isinstance(block, Block)
-            block.activation_checkpointing = self.activation_checkpointing
             if self.compile_blocks:
                 block.compile(fullgraph=True)
         if mesh is not None:
@@ -176,10 +183,10 @@ class PretrainModule(LightningModule):
             return
         if getattr(self.trainer.strategy, "zero_stage_3", False):
             raise ValueError("model.compile_blocks does not work with ZeRO-3, whose hooks break the graph; turn it off")
-        if is_split and self.activation_checkpointing == "full":
+        if is_split and (self.activation_checkpointing == "full" or self.fully_checkpointed_blocks):
             raise ValueError(
-                "model.compile_blocks with tensor parallelism does not work with model.activation_checkpointing full; "
-                "use selective or none"
+                "model.compile_blocks with tensor parallelism does not work with blocks that keep their input only; "
+                "set model.activation_checkpointing to ffn, selective or none, and model.fully_checkpointed_blocks to 0"
             )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -248,7 +255,7 @@ class PretrainModule(LightningModule):
         else:
             gradients.drop()
             self._count_skipped(loss, norm, window)
-        self.step_loss = loss
+        self.step_loss, self.step_grad_norm = loss, norm
         self.log("train/loss", loss.float(), prog_bar=True)
         self.log("train/perplexity", loss.exp().float())
         self.log_dict({f"train/{key}": value.float() for key, value in self._bits_per_byte(loss, "train").items()})

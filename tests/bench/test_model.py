@@ -40,15 +40,33 @@ def read(path: Path) -> list[dict[str, str]]:
 @pytest.mark.slow
 def test_every_mode_of_every_model_is_measured(files, tmp_path, capsys):
     sizes = ["--length", "8", "16", "--tokens", "32", "--quick", "--output", str(tmp_path)]
-    assert main([*files, *sizes, "--modes", "eager", "compiled_checkpoint", "unfused"]) == 0
+    assert (
+        main(
+            [
+                *files,
+                *sizes,
+                "--modes",
+                "eager",
+                "compiled_checkpoint",
+                "compiled_ffn",
+                "unfused",
+                "--fully_checkpointed_blocks",
+                "1",
+            ]
+        )
+        == 0
+    )
     rows = read(tmp_path / "model.csv")
     modes = ["eager", "compiled_checkpoint"]
-    each = [("swiglu", mode) for mode in modes] + [("flash_mhf", mode) for mode in [*modes, "unfused"]]
+    each = [("swiglu", mode) for mode in modes] + [
+        ("flash_mhf", mode) for mode in ["eager", "compiled_ffn", "compiled_checkpoint", "unfused"]
+    ]
     assert [(row["model"], row["mode"]) for row in rows] == each * 2
-    assert [row["batch"] for row in rows] == ["4"] * 5 + ["2"] * 5
+    assert [row["batch"] for row in rows] == ["4"] * 6 + ["2"] * 6
     for row in rows:
         assert row["status"] == "ok"
-        assert (row["inference_ms"] == "n/a") == (row["mode"] == "compiled_checkpoint")
+        assert (row["inference_ms"] == "n/a") == (row["mode"] in ("compiled_checkpoint", "compiled_ffn"))
+        assert row["fully_checkpointed_blocks"] == ("1" if row["mode"] == "compiled_ffn" else "")
         tokens_per_s = 32 / (float(row["step_ms"]) / 1e3)
         assert float(row["tokens_per_s"]) == pytest.approx(tokens_per_s, rel=1e-3)
         config = read_model(Path(files[0 if row["model"] == "swiglu" else 1]))

@@ -196,6 +196,7 @@ def test_model_flops_are_those_that_torch_counts(name):
 def test_shape_s_is_the_released_layer():
     sizes = Sizes(8, 4096, 2048, 128)
     assert (sizes.num_heads, sizes.num_subnetworks, sizes.mhf_d_ff, sizes.swiglu_d_ff) == (16, 22, 5632, 5504)
+    assert Sizes(8, 4096, 2048, 128, 384).num_subnetworks == 15
     assert [Sizes(1, 1, d_model, 64).swiglu_d_ff for d_model in (768, 1024)] == [2048, 2752]  # the paper's
 
 
@@ -204,6 +205,13 @@ def test_out_of_memory_is_recognised():
         torch.empty(2**60, dtype=torch.int8)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), measure.out_of_memory():
         torch.ones(2, 3) @ torch.ones(2, 3)
+
+
+@on_cpu
+def test_the_width_of_a_subnetwork(tmp_path):
+    assert main([*TINY, "--length", "16", "--d_e", "64", "--peers", "flash_mhf_op", "--output", str(tmp_path)]) == 0
+    (row,) = read(tmp_path / "layer.csv")
+    assert [row[key] for key in ("num_heads", "num_subnetworks", "d_e", "d_ff")] == ["4", "6", "64", "384"]
 
 
 @on_cpu
