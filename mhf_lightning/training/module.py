@@ -183,10 +183,11 @@ class PretrainModule(LightningModule):
             return
         if getattr(self.trainer.strategy, "zero_stage_3", False):
             raise ValueError("model.compile_blocks does not work with ZeRO-3, whose hooks break the graph; turn it off")
-        if is_split and (self.activation_checkpointing == "full" or self.fully_checkpointed_blocks):
+        if is_split and (self.activation_checkpointing in ("ffn", "full") or self.fully_checkpointed_blocks):
             raise ValueError(
-                "model.compile_blocks with tensor parallelism does not work with blocks that keep their input only; "
-                "set model.activation_checkpointing to ffn, selective or none, and model.fully_checkpointed_blocks to 0"
+                "model.compile_blocks with tensor parallelism does not work with blocks that do not keep attention's "
+                "output; set model.activation_checkpointing to selective or none, and "
+                "model.fully_checkpointed_blocks to 0"
             )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

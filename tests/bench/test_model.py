@@ -112,7 +112,13 @@ def test_the_modes_compute_the_same(files, monkeypatch):
         for value, expected in zip(values, results["eager"], strict=True):
             torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
     assert graphs == {name: config.num_layers if mode.compiled else 0 for name, mode in MODES.items()}
-    assert kept["compiled_checkpoint"] < kept["compiled_selective"] < kept["compiled"] < kept["eager"]
+    assert (
+        kept["compiled_checkpoint"]
+        < kept["compiled_ffn"]
+        < kept["compiled_selective"]
+        < kept["compiled"]
+        < kept["eager"]
+    )
 
     def forbidden(*_):
         raise AssertionError("the fused layer ran")

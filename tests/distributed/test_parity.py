@@ -45,6 +45,10 @@ VARIANTS = {
     "zero3 untied": {"strategy": "zero3", "tie_embeddings": False},
     "fsdp2 full checkpointing": {"strategy": "fsdp2", "module": {"activation_checkpointing": "full"}},
     "zero3 selective checkpointing": {"strategy": "zero3", "module": {"activation_checkpointing": "selective"}},
+    "ddp ffn checkpointing": {
+        "strategy": "ddp",
+        "module": {"activation_checkpointing": "ffn", "fully_checkpointed_blocks": 1},
+    },
     "fsdp2, seeds differ": {"strategy": "fsdp2", "seed_differs": True},
     "tp, seeds differ": {"strategy": "tp", "seed_differs": True},
 }
@@ -64,8 +68,17 @@ REFUSED = {
     "compiled zero3": ({"strategy": "zero3", "module": {"compile_blocks": True}}, "turn it off"),
     "compiled tp full": (
         {"strategy": "tp", "module": {"compile_blocks": True, "activation_checkpointing": "full"}},
-        "use selective or none",
+        "to selective or none",
     ),
+    "compiled tp ffn": (
+        {"strategy": "tp", "module": {"compile_blocks": True, "activation_checkpointing": "ffn"}},
+        "to selective or none",
+    ),
+    "compiled tp, some full": (
+        {"strategy": "tp", "module": {"compile_blocks": True, "fully_checkpointed_blocks": 1}},
+        "fully_checkpointed_blocks to 0",
+    ),
+    "more blocks than there are": ({"strategy": "ddp", "module": {"fully_checkpointed_blocks": 99}}, "from 0 to"),
     "sizes": ({"strategy": "wrong_sizes"}, "must be the number of processes, which is 2"),
 }
 # Which steps are poisoned on the last rank only, with what, and how many skipped steps are allowed in a row.

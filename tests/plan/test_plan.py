@@ -198,9 +198,11 @@ def test_zero_shards_the_optimiser_and_with_stage_3_the_weights():
 
 @pytest.mark.parametrize("strategy", ["single", "fsdp2"])
 def test_checkpointing_lowers_the_peak(strategy):
-    modes = ("full", "selective", "none")
-    full, selective, none = (step(strategy=strategy, activation_checkpointing=mode).peak for mode in modes)
-    assert full < selective < none
+    modes = ("full", "ffn", "selective", "none")
+    full, ffn, selective, none = (step(strategy=strategy, activation_checkpointing=mode).peak for mode in modes)
+    assert full < ffn < selective < none
+    some = step(strategy=strategy, activation_checkpointing="selective", fully_checkpointed_blocks=1).peak
+    assert full <= some < selective
 
 
 @pytest.mark.parametrize("strategy", [{}, {"strategy": "fsdp2", "data_parallel": 2, "tensor_parallel": 2}])
