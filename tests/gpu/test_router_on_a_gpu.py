@@ -139,7 +139,9 @@ def test_accuracy_rule_of_the_op(monkeypatch, shape, backend):
 @pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="needs Hopper")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "shape", [(1, 4352, 4, 128, 22), (3, 1500, 4, 64, 5), (1, 9000, 2, 128, 1), (1, 4224, 4, 64, 32)], ids=str
+    "shape",
+    [(1, 4352, 4, 128, 22), (3, 1500, 4, 64, 5), (1, 300, 16, 128, 5), (1, 9000, 2, 128, 1), (1, 4224, 4, 64, 32)],
+    ids=str,
 )
 def test_the_gate_inside_the_forward(shape, dtype):
     """Against the forward with R from the gate's own kernel: the same products, with W in 16 bits twice."""
@@ -181,12 +183,12 @@ def test_compiled_and_captured():
     assert torch.equal(o, routed(*inputs))
 
 
-def test_memory_is_that_of_the_output_and_r():
+def test_memory_is_that_of_the_output_and_r_of_the_output_alone_on_hopper():
     inputs = [x.detach() for x in op_inputs((1, 65536, 8, 128, 11))]
     routed(*inputs)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     o = routed(*inputs)
-    r = 65536 * 8 * 11 * 4
+    r = 0 if torch.cuda.get_device_capability() == (9, 0) else 65536 * 8 * 11 * 4
     assert torch.cuda.max_memory_allocated() - before <= o.numel() * 2 + r + 8 * 2**20
