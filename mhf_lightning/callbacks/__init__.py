@@ -6,6 +6,7 @@ from typing import Any, Optional
 
 import torch
 from lightning.pytorch import Trainer
+from torch import Tensor
 
 
 @dataclass
@@ -28,22 +29,40 @@ class MonitorConfig:
             raise ValueError(f"monitor.router_every_n_steps is {self.router_every_n_steps}; it must be 0 or more")
 
 
-def is_logging_step(trainer: Trainer) -> bool:
-    """Return whether this micro-batch ended an optimiser step at which Lightning writes to its loggers."""
+def is_logging_step(trainer: Trainer, ahead: int = 0) -> bool:
+    """Return whether this micro-batch ended an optimiser step at which Lightning writes to its loggers.
+
+    Args:
+        trainer: It counts the optimiser steps.
+        ahead: 1 before the optimiser's step, which is then not counted yet.
+    """
     settings: Any = trainer  # Lightning sets log_every_n_steps without declaring it
-    ended_a_step = not settings.fit_loop._should_accumulate()
-    return ended_a_step and settings.log_every_n_steps > 0 and trainer.global_step % settings.log_every_n_steps == 0
+    ends_a_step = not settings.fit_loop._should_accumulate()
+    every = settings.log_every_n_steps
+    return ends_a_step and every > 0 and (trainer.global_step + ahead) % every == 0
+
+
+def point_step(trainer: Trainer) -> int:
+    """Return the step that Lightning gives ``train/loss`` now (and ``val/loss`` after validation)."""
+    loop: Any = trainer.fit_loop.epoch_loop
+    return loop._batches_that_stepped
 
 
 def write_points(trainer: Trainer, values: Mapping[str, float], step: int | None = None) -> None:
-    """Write to all loggers, at the step that Lightning gives ``train/loss`` (that of ``val/loss`` after validation).
-
-    With ``step``, at an earlier one.
+    """Write to all loggers, at a :func:`point_step`: by default that of now.
 
     Other callbacks find the values in ``trainer.callback_metrics``. Lightning's own ``log`` would reduce each value by
     a collective of its own, and repeat stale ones.
     """
-    loop: Any = trainer.fit_loop.epoch_loop
-    trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
+    step = point_step(trainer) if step is None else step
+    known_metrics(trainer).update({key: torch.tensor(value) for key, value in values.items()})
     for logger in trainer.loggers:
-        logger.log_metrics(dict(values), step=loop._batches_that_stepped if step is None else step)
+        logger.log_metrics(dict(values), step=step)
+
+
+def known_metrics(trainer: Trainer) -> dict[str, Tensor]:
+    """Return ``trainer.callback_metrics`` without what the training module has logged since the last step's end.
+
+    The property itself waits for the device: it turns ``train/loss`` into a number for Lightning's progress bar.
+    """
+    return trainer._logger_connector._callback_metrics

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from mhf_lightning.callbacks import is_logging_step, write_points
+from mhf_lightning.callbacks.deferred import Deferring, HostCopy
 from mhf_lightning.callbacks.router_health import SCALARS
 from mhf_lightning.callbacks.throughput import PHASES
 from mhf_lightning.model import Decoder, count_parameters
@@ -49,14 +50,16 @@ CHARTS = {
 }
 
 
-class Layout(Callback):
+class Layout(Deferring):
     """Groups the charts, writes ``tokens/*``, and fills the tab of hyperparameters; on rank 0, and only TensorBoard's.
 
     The curves against tokens are event files of their own, in a folder below the logger's: TensorBoard drops all points
-    of a file whose step is above that of a resume, and takes tokens for steps. A logging step costs one point more.
+    of a file whose step is above that of a resume, and takes tokens for steps.
+    A logging step costs one point more, which is deferred.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._tokens: SummaryWriter | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: PretrainModule) -> None:  # type: ignore[override]
@@ -75,7 +78,8 @@ class Layout(Callback):
         """Write the loss against tokens."""
         if self._tokens is not None and is_logging_step(trainer):
             assert pl_module.step_loss is not None
-            self._tokens.add_scalar("tokens/train_loss", float(pl_module.step_loss), pl_module.tokens_seen)
+            loss, tokens, writer = HostCopy(pl_module.step_loss), pl_module.tokens_seen, self._tokens
+            self.defer(lambda: writer.add_scalar("tokens/train_loss", float(loss.read()), tokens))
 
     def on_validation_end(self, trainer: Trainer, pl_module: PretrainModule) -> None:  # type: ignore[override]
         """Write the loss against tokens, and the perplexity that the table of runs shows."""
@@ -87,6 +91,7 @@ class Layout(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: PretrainModule) -> None:  # type: ignore[override]
         """Say that the run ended well."""
+        super().on_train_end(trainer, pl_module)
         writer = _writer(trainer)
         if writer is not None:
             writer._get_file_writer().add_summary(self._end)

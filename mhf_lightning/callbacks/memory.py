@@ -6,15 +6,17 @@ import os
 import re
 import sys
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from mhf_lightning.callbacks import is_logging_step, write_points
+from mhf_lightning.callbacks import is_logging_step, point_step, write_points
+from mhf_lightning.callbacks.deferred import Deferring
 from mhf_lightning.callbacks.gathering import RankTable
 from mhf_lightning.training.module import PretrainModule
 
@@ -40,12 +42,12 @@ def resident_gib() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / GIB
 
 
-class PeakMemory(Callback):
+class PeakMemory(Deferring):
     """Logs ``memory/*`` over the window since the last logging step; on a CPU the resident set only.
 
     Peaks are those of the allocator, whose counters are on the host: nothing waits for the device. Costs a read and a
-    reset of the counters at five borders of a micro-batch, and one exchange of a few numbers on the CPU at logging
-    steps.
+    reset of the counters at four borders of a micro-batch, two of them while the device is busy. What a logging step
+    adds, one exchange of a few numbers on the CPU and the points, is deferred.
 
     Where memory runs out, it writes a snapshot for https://pytorch.org/memory_viz and says what to change.
     """
@@ -56,6 +58,7 @@ class PeakMemory(Callback):
         Args:
             run_dir: Where the snapshot goes; None writes none.
         """
+        super().__init__()
         self.run_dir = run_dir
         self._phase = "other"
         self._peaks = dict.fromkeys(PHASES, 0)
@@ -70,20 +73,21 @@ class PeakMemory(Callback):
         """Begin the forward."""
         self._enter("forward", pl_module.device)
 
-    def on_before_backward(self, trainer: Trainer, pl_module: PretrainModule, *_: Any) -> None:  # type: ignore[override]
-        """Begin the backward."""
+    def on_before_backward(self, trainer: Trainer, pl_module: PretrainModule, *args: Any) -> None:  # type: ignore[override]
+        """Begin the backward, and take a turn."""
         self._enter("backward", pl_module.device)
+        super().on_before_backward(trainer, pl_module, *args)
 
-    def on_after_backward(self, trainer: Trainer, pl_module: PretrainModule) -> None:  # type: ignore[override]
-        """End the backward."""
-        self._enter("other", pl_module.device)
+    # Nothing is allocated between the end of the backward and the optimiser, or the micro-batch's end.
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: PretrainModule, *_: Any) -> None:  # type: ignore[override]
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: PretrainModule, *args: Any) -> None:  # type: ignore[override]
         """Begin the optimiser."""
         self._enter("optimizer", pl_module.device)
+        super().on_before_optimizer_step(trainer, pl_module, *args)
 
     def on_validation_start(self, trainer: Trainer, pl_module: PretrainModule) -> None:  # type: ignore[override]
         """Begin validation."""
+        super().on_validation_start(trainer, pl_module)
         self._enter("validation", pl_module.device)
 
     def on_validation_end(self, trainer: Trainer, pl_module: PretrainModule) -> None:  # type: ignore[override]
@@ -91,10 +95,11 @@ class PeakMemory(Callback):
         self._enter("other", pl_module.device)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: PretrainModule, *_: Any) -> None:  # type: ignore[override]
-        """Log at the steps at which Lightning writes to its loggers."""
-        self._enter("other", pl_module.device)
+        """Close the window at the steps at which Lightning writes to its loggers."""
+        counters = self._enter("other", pl_module.device)
         if is_logging_step(trainer):
-            write_points(trainer, self._window(pl_module.device))
+            mine = self._take_window(pl_module.device, counters)
+            self.defer(partial(self._write, trainer, mine, point_step(trainer)))
 
     def on_exception(self, trainer: Trainer, pl_module: PretrainModule, exception: BaseException) -> None:  # type: ignore[override]
         """Where memory ran out, write the snapshot and say what holds the memory and what to change."""
@@ -108,8 +113,11 @@ class PeakMemory(Callback):
             torch.cuda.memory._dump_snapshot(str(path))
             print(f"mhf: what the allocator holds: {path} (open it at https://pytorch.org/memory_viz)", file=sys.stderr)
 
-    def _enter(self, phase: str, device: torch.device) -> None:
+    def _enter(self, phase: str, device: torch.device) -> dict[str, Any]:
+        """Begin a phase; return the allocator's counters at the end of the one before, none on a CPU."""
+        counters: dict[str, Any] = {}
         if device.type == "cuda":
+            # torch.cuda.max_memory_allocated asks for the same counters, and sorts them.
             counters = torch.cuda.memory_stats_as_nested_dict(device)
             allocated = counters["allocated_bytes"]["all"]["peak"]
             self._peaks[self._phase] = max(self._peaks[self._phase], allocated)
@@ -117,12 +125,13 @@ class PeakMemory(Callback):
             _reset_peaks[device] = max(_reset_peaks.get(device, 0), allocated)
             torch.cuda.reset_peak_memory_stats(device)
         self._phase = phase
+        return counters
 
-    def _window(self, device: torch.device) -> dict[str, float]:
-        """Return the window's values over all ranks, and begin a new one; a collective."""
-        mine = {"run": peak_memory_gib(device), "host": resident_gib()}
+    def _take_window(self, device: torch.device, counters: dict[str, Any]) -> dict[str, float]:
+        """Return the window's values of this rank, and begin a new one."""
+        mine = {"host": resident_gib()}
         if device.type == "cuda":
-            counters = torch.cuda.memory_stats_as_nested_dict(device)
+            mine["run"] = _reset_peaks[device] / GIB
             reserved = counters["reserved_bytes"]["all"]["current"]
             mine |= {phase: peak / GIB for phase, peak in self._peaks.items()}
             mine["peak"] = max(self._peaks.values()) / GIB
@@ -131,10 +140,14 @@ class PeakMemory(Callback):
             mine["retries"], mine["ooms"] = counters["num_alloc_retries"], counters["num_ooms"]
             self._peaks, self._reserved = dict.fromkeys(PHASES, 0), 0
         else:
-            mine["peak"] = mine["run"]
+            mine["run"] = mine["peak"] = peak_memory_gib(device)
+        return mine
+
+    def _write(self, trainer: Trainer, mine: dict[str, float], step: int) -> None:
+        """Write the points of all ranks; a collective."""
         assert self._ranks is not None
         columns = dict(zip(mine, self._ranks.gather(list(mine.values())).T, strict=True))
-        return over_ranks(columns)
+        write_points(trainer, over_ranks(columns), step)
 
 
 def over_ranks(columns: dict[str, Tensor]) -> dict[str, float]:

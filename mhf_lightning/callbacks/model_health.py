@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mhf_lightning.callbacks import is_logging_step, write_points
+from mhf_lightning.callbacks import is_logging_step, point_step, write_points
+from mhf_lightning.callbacks.deferred import Deferring, HostCopy
 from mhf_lightning.callbacks.gathering import RankTable
 from mhf_lightning.training.gradients import ParameterGradients
 from mhf_lightning.training.module import PretrainModule
@@ -55,15 +57,22 @@ class LossSpikes:
 
 
 @dataclass
-class _Unwritten:
-    """A logging step of which the point is still to be written."""
+class _LoggingStep:
+    """A logging step of which the point is still to be written.
+
+    Attributes:
+        step: That of the point.
+        lr: The learning rate; the schedule has changed the optimiser's own.
+        norms: Norm before clipping over all tokens, and those of the groups in the units of backward; on the device.
+            None under DeepSpeed, and where the step was left out.
+    """
 
     step: int
     lr: float
     norms: Tensor | None
 
 
-class ModelHealth(Callback):
+class ModelHealth(Deferring):
     """Logs ``health/*``, and warns of a loss that is far above those before it.
 
     ``health/grad_norm/GROUP`` are the norms before clipping of the parts in :func:`groups`; their squares add up to
@@ -72,19 +81,20 @@ class ModelHealth(Callback):
     ``health/loss_spike`` is how many standard deviations the highest loss since the last logging step is above the
     average before it; its averages are in the checkpoint.
 
-    Costs, at logging steps only: the norms of all gradients once more, a few kernels over ``SAMPLED_WEIGHTS`` elements,
-    and an exchange of two numbers on the CPU. What a logging step leaves behind is read and written while the device
-    runs the next forward; read at once, it would keep the device waiting for the host.
+    Costs, at logging steps only: the norms of all gradients once more, queued behind the backward; a few kernels over
+    ``SAMPLED_WEIGHTS`` elements, queued behind the next forward; and an exchange of two numbers on the CPU, when the
+    next backward is queued.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.spikes = LossSpikes()
         self._losses: list[tuple[int, Tensor]] = []  # step, and its loss on the device
         self._highest = 0.0  # deviation of the losses looked at since the last point
         self._groups: dict[str, list[nn.Parameter]] = {}
         self._ranks: RankTable | None = None
         self._lr = 0.0
-        self._unwritten: _Unwritten | None = None
+        self._norms: Tensor | None = None  # of the groups, at a logging step
 
     def on_fit_start(self, trainer: Trainer, pl_module: PretrainModule) -> None:  # type: ignore[override]
         """Sort the parameters."""
@@ -93,34 +103,29 @@ class ModelHealth(Callback):
         self._groups = groups(pl_module.decoder)
         self._ranks = RankTable()
 
-    def on_before_backward(self, trainer: Trainer, *_: Any) -> None:
-        """Write what the last logging step left behind: the device has a forward to do meanwhile."""
-        self._write(trainer)
-
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: PretrainModule, optimizer: Any) -> None:  # type: ignore[override]
-        """Remember the learning rate; the schedule changes it before the step is logged."""
+        """Take a turn; keep the learning rate, and at logging steps the norms, while there are gradients."""
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
         self._lr = optimizer.param_groups[0]["lr"]
+        self._norms = self._group_norms() if is_logging_step(trainer, ahead=1) else None
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: PretrainModule, *_: Any) -> None:  # type: ignore[override]
-        """Keep the loss of a step; at logging steps, the norms of its gradients too."""
+        """Keep the loss of a step; leave the point of a logging step."""
         if trainer.fit_loop._should_accumulate():
             return
         assert pl_module.step_loss is not None
         self._losses.append((trainer.global_step, pl_module.step_loss))
         if is_logging_step(trainer):
-            loop: Any = trainer.fit_loop.epoch_loop
-            self._unwritten = _Unwritten(loop._batches_that_stepped, self._lr, self._grad_norms(trainer))
-
-    def on_save_checkpoint(self, trainer: Trainer, *_: Any) -> None:
-        """Write what would be missing after a resume from here."""
-        self._write(trainer)
-
-    def on_train_end(self, trainer: Trainer, *_: Any) -> None:
-        """Write the last point."""
-        self._write(trainer)
+            norms, before = self._norms, pl_module.step_grad_norm
+            if norms is not None and before is not None and self._has_gradients():
+                norms = torch.cat((before.double()[None], norms))
+            else:
+                norms = None
+            self.defer(partial(self._measure, trainer, _LoggingStep(point_step(trainer), self._lr, norms)))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the averages up to now."""
+        """Write what is left, and return the averages up to now."""
+        super().state_dict()
         self._look_for_spikes()
         return asdict(self.spikes)
 
@@ -128,44 +133,59 @@ class ModelHealth(Callback):
         """Go on from stored averages."""
         self.spikes = LossSpikes(**state_dict)
 
-    def _grad_norms(self, trainer: Trainer) -> Tensor | None:
-        """Return the norm before clipping and those of the groups after it, on the device; None without gradients."""
-        parts = [ParameterGradients(group) for group in self._groups.values()]
-        if not any(part.parameters for part in parts):
-            return None
-        before = trainer.callback_metrics["train/grad_norm"].double()
-        return torch.stack([before, *(part.norm() for part in parts)])
+    def _has_gradients(self) -> bool:
+        """Return whether the step was made from gradients of parameters: not where it was left out."""
+        return any(parameter.grad is not None for group in self._groups.values() for parameter in group)
 
-    def _write(self, trainer: Trainer) -> None:
-        """Read and write the last logging step, once; a wait for the device, and a collective."""
-        left, self._unwritten = self._unwritten, None
-        if left is None:
-            return
-        self._look_for_spikes()
+    def _group_norms(self) -> Tensor | None:
+        """Return the norms of the groups' gradients, on the device; None where some have none, as under DeepSpeed."""
+        parts = [ParameterGradients(group) for group in self._groups.values()]
+        return torch.stack([part.norm() for part in parts]) if all(part.parameters for part in parts) else None
+
+    def _measure(self, trainer: Trainer, of: _LoggingStep) -> None:
+        """Queue what is measured after the step, and leave to the next turn what waits for it."""
+        steps, losses = self._take_losses()
+        known = [losses]
+        if of.norms is not None:
+            known.append(of.norms)
+            optimizer = trainer.optimizers[0]
+            if isinstance(optimizer, torch.optim.AdamW):
+                known.append(squared_norms(optimizer, of.lr))
+        self.defer(partial(self._write, trainer, of, steps, HostCopy(torch.cat(known))))
+
+    def _write(self, trainer: Trainer, of: _LoggingStep, steps: list[int], measured: HostCopy) -> None:
+        """Write the point of a logging step; a collective."""
+        known = measured.read().tolist()
+        losses, rest = known[: len(steps)], known[len(steps) :]
+        self._take_in(steps, losses)
         values = {"health/loss_spike": self._highest}
         self._highest = 0.0
-        if left.norms is not None:
-            optimizer = trainer.optimizers[0]
-            known = [left.norms]
-            if isinstance(optimizer, torch.optim.AdamW):
-                known.append(squared_norms(optimizer, left.lr))
-            before, *read = torch.cat(known).tolist()
-            norms, squares = read[: len(self._groups)], read[len(self._groups) :]
-            scale = before / (math.hypot(*norms) or 1.0)  # clipping has scaled all gradients alike
+        if of.norms is not None:
+            before, *rest = rest
+            norms, squares = rest[: len(self._groups)], rest[len(self._groups) :]
+            scale = before / (math.hypot(*norms) or 1.0)  # backward's units differ by one factor
             values |= {f"health/grad_norm/{name}": scale * n for name, n in zip(self._groups, norms, strict=True)}
             if squares:
                 assert self._ranks is not None
                 update, weight = self._ranks.sum(torch.tensor(squares, dtype=torch.float64)).sqrt().tolist()
                 values["health/update_to_weight"] = update / weight
-        write_points(trainer, values, left.step)
+        write_points(trainer, values, of.step)
 
-    def _look_for_spikes(self) -> None:
-        """Take in the losses since the last look, and remember how far the highest is above the average before it."""
-        if not self._losses:
-            return
+    def _take_losses(self) -> tuple[list[int], Tensor]:
+        """Return and forget the steps since the last look, and their losses, on the device."""
         steps, losses = zip(*self._losses, strict=True)
         self._losses = []
-        for step, loss in zip(steps, torch.stack(losses).tolist(), strict=True):
+        return list(steps), torch.stack(losses).double()
+
+    def _look_for_spikes(self) -> None:
+        """Take in the losses since the last look; a wait for the device."""
+        if self._losses:
+            steps, losses = self._take_losses()
+            self._take_in(steps, losses.tolist())
+
+    def _take_in(self, steps: list[int], losses: list[float]) -> None:
+        """Warn of spikes, and remember how far the highest is above the average before it."""
+        for step, loss in zip(steps, losses, strict=True):
             if not math.isfinite(loss):
                 continue  # the training module has left this step out, and said so
             average = self.spikes.mean
@@ -224,7 +244,7 @@ def squared_norms(optimizer: torch.optim.AdamW, lr: float) -> Tensor:
 def _squared_norms(
     trained: list[tuple[Tensor, dict[str, Any]]], group: dict[str, Any], lr: float, stride: int
 ) -> Tensor:
-    step = float(trained[0][1]["step"])
+    step = _local(torch.as_tensor(trained[0][1]["step"])).double()  # the fused AdamW has it on the device: not read
     weight = _sample([p for p, _ in trained], stride)
     mean, square = (_sample([state[key] for _, state in trained], stride) for key in ("exp_avg", "exp_avg_sq"))
     beta1, beta2 = group["betas"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -12,7 +13,10 @@ from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
 
-from mhf_lightning.callbacks import is_logging_step
+from mhf_lightning.callbacks import is_logging_step, known_metrics
+from mhf_lightning.callbacks.deferred import Deferring
+
+MEASURED = ("throughput/", "memory/")
 
 
 def progress_bar() -> ProgressBar:
@@ -20,7 +24,7 @@ def progress_bar() -> ProgressBar:
     return StepProgressBar() if sys.stdout.isatty() else ProgressLines()
 
 
-def status(metrics: dict[str, Tensor]) -> dict[str, str]:
+def status(metrics: Mapping[str, Tensor]) -> dict[str, str]:
     """Return what is known of loss, perplexities, speed and memory, in this order; waits for the device."""
     formats = {
         "train/loss": ("loss", "{:.3f}"),
@@ -32,10 +36,15 @@ def status(metrics: dict[str, Tensor]) -> dict[str, str]:
     return {name: form.format(float(metrics[tag])) for tag, (name, form) in formats.items() if tag in metrics}
 
 
-class StepProgressBar(TQDMProgressBar):
+def measured(trainer: Trainer) -> dict[str, str]:
+    """Return speed and memory, which other callbacks have measured and deferred; they are on the CPU."""
+    return status({key: value for key, value in known_metrics(trainer).items() if key.startswith(MEASURED)})
+
+
+class StepProgressBar(Deferring, TQDMProgressBar):
     """Lightning's bar, counting optimiser steps; a resume does not disturb the time that it says is left.
 
-    Values change at the steps at which Lightning logs: reading them waits for the device.
+    Values change at the steps at which Lightning logs, when those of other callbacks are known: a turn later.
     """
 
     BAR_FORMAT = "{desc}{percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
@@ -61,7 +70,8 @@ class StepProgressBar(TQDMProgressBar):
         if bar.disable or trainer.fit_loop._should_accumulate():
             return
         if is_logging_step(trainer):
-            bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
+            values = self.get_metrics(trainer, pl_module)
+            self.defer(lambda: bar.set_postfix(values | measured(trainer), refresh=False))
         bar.update(trainer.global_step - bar.n)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -81,8 +91,8 @@ class StepProgressBar(TQDMProgressBar):
             self.train_progress_bar.set_description("step")
 
 
-class ProgressLines(ProgressBar):
-    """Prints a line at each step at which Lightning logs, and one after each validation."""
+class ProgressLines(Deferring, ProgressBar):
+    """Prints a line for each step at which Lightning logs, a turn later, and one after each validation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,18 +112,22 @@ class ProgressLines(ProgressBar):
         self._begun = 0, 0.0
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Print a line where Lightning logs."""
+        """Leave a line where Lightning logs."""
         if not self._enabled or trainer.fit_loop._should_accumulate():
             return
         step, now = trainer.global_step, time.monotonic()
         if not self._begun[0]:
             self._begun = step, now
         if is_logging_step(trainer):
-            values = status(trainer.callback_metrics)
+            values, left = status(trainer.callback_metrics), {}
             if step > self._begun[0]:
-                left = (now - self._begun[1]) / (step - self._begun[0]) * (trainer.max_steps - step)
-                values["left"] = str(timedelta(seconds=round(left)))
-            print(f"step {step:,}/{trainer.max_steps:,}", *_words(values), sep="  ", flush=True)
+                seconds = (now - self._begun[1]) / (step - self._begun[0]) * (trainer.max_steps - step)
+                left = {"left": str(timedelta(seconds=round(seconds)))}
+            self.defer(lambda: self._print(trainer, step, values, left))
+
+    def _print(self, trainer: Trainer, step: int, values: dict[str, str], left: dict[str, str]) -> None:
+        words = _words(values | measured(trainer) | left)
+        print(f"step {step:,}/{trainer.max_steps:,}", *words, sep="  ", flush=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print what validation found."""

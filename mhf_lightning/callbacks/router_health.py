@@ -6,19 +6,21 @@ The measures are pure functions of one layer's tensors; the callback gets those 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from mhf_kernels import FlashMHF
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from mhf_lightning.callbacks import is_logging_step, write_points
+from mhf_lightning.callbacks import is_logging_step, point_step, write_points
+from mhf_lightning.callbacks.deferred import Deferring, HostCopy
 from mhf_lightning.callbacks.gathering import RankTable
 from mhf_lightning.training.module import PretrainModule
 from mhf_lightning.training.ranks import data_parallel_ranks
@@ -31,7 +33,7 @@ SATURATED = (0.01, 0.99)
 
 
 class GateHealth(NamedTuple):
-    """What one layer's gate R does, for each head; E is the number of sub-networks.
+    """What gates R do, for each head; E is the number of sub-networks. Of several layers each is ``[layers, H, ...]``.
 
     Attributes:
         entropy_token: ``[H]``, entropy of a token's gate over log E, mean over tokens: 1 is equal, 0 is one-hot.
@@ -58,34 +60,48 @@ class GateHealth(NamedTuple):
 SCALARS = GateHealth._fields[:6]
 
 
-def gate_health(q: Tensor, router: Tensor, k: Tensor, u: Tensor, v: Tensor) -> GateHealth:
-    """Measure one layer's gate on some tokens, in float32 as the layer computes it, also under autocast.
+def sigmoids_and_outputs(q: Tensor, router: Tensor, k: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a layer's sigmoids before they are divided, and ``|O_e|``, both ``[T, H, E]`` in float32.
+
+    As the layer computes them, also under autocast.
 
     Args:
-        q: ``[T, H, d_h]``, normalised queries.
+        q: ``[T, H, d_h]``, normalised queries of some tokens.
         router: ``[H, d_h, E]``.
         k: ``[H_kuv, E, d_e, d_h]``, as u and v.
         u: Up weights.
         v: Down weights.
     """
     with torch.autocast(q.device.type, enabled=False):
-        q, router = q.float(), router.float()
-        sigmoid = torch.einsum("thd,hde->the", q, router).sigmoid()
-        total = sigmoid.sum(-1, keepdim=True)
-        r = sigmoid / total.clamp_min(1e-20)
-        load = r.mean(0)
-        low, high = SATURATED
-        size = contributions(q, k, u, v, r)  # [T, H, E]
-        return GateHealth(
-            entropy_token=normalised_entropy(r).mean(0),
-            entropy_mean_gate=normalised_entropy(load),
-            effective_subnetworks=r.square().sum(-1).reciprocal().mean(0),
-            dead_fraction=(load < DEAD_SHARE / load.shape[-1]).float().mean(-1),
-            sigmoid_sum=total.mean((0, 2)),
-            saturation=((sigmoid < low) | (sigmoid > high)).float().mean((0, 2)),
-            load=load,
-            contribution=(size / size.sum(-1, keepdim=True).clamp_min(1e-20)).mean(0),
-        )
+        q = q.float()
+        return torch.einsum("thd,hde->the", q, router.float()).sigmoid(), output_norms(q, k, u, v)
+
+
+def output_norms(q: Tensor, k: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """Return ``|O_e|``, the norm of each sub-network's output: ``[T, H, E]`` for ``q [T, H, d_h]``."""
+    heads = q.shape[1] // k.shape[0]
+    k, u, v = (w.float().repeat_interleave(heads, dim=0) if heads > 1 else w.float() for w in (k, u, v))
+    hidden = F.silu(torch.einsum("thd,hefd->thef", q, k)) * torch.einsum("thd,hefd->thef", q, u)
+    return torch.einsum("thef,hefd->thed", hidden, v).norm(dim=-1)
+
+
+def gate_health(sigmoid: Tensor, output: Tensor) -> GateHealth:
+    """Measure gates by what :func:`sigmoids_and_outputs` returns: ``[..., T, H, E]``, also of layers at once."""
+    total = sigmoid.sum(-1, keepdim=True)
+    r = sigmoid / total.clamp_min(1e-20)
+    load = r.mean(-3)
+    low, high = SATURATED
+    size = r * output  # |R_e O_e|
+    return GateHealth(
+        entropy_token=normalised_entropy(r).mean(-2),
+        entropy_mean_gate=normalised_entropy(load),
+        effective_subnetworks=r.square().sum(-1).reciprocal().mean(-2),
+        dead_fraction=(load < DEAD_SHARE / load.shape[-1]).float().mean(-1),
+        sigmoid_sum=total.mean((-3, -1)),
+        saturation=((sigmoid < low) | (sigmoid > high)).float().mean((-3, -1)),
+        load=load,
+        contribution=(size / size.sum(-1, keepdim=True).clamp_min(1e-20)).mean(-3),
+    )
 
 
 def normalised_entropy(p: Tensor) -> Tensor:
@@ -95,15 +111,7 @@ def normalised_entropy(p: Tensor) -> Tensor:
     return torch.special.entr(p).sum(-1) / math.log(p.shape[-1])
 
 
-def contributions(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> Tensor:
-    """Return ``|R_e O_e|``, the norm of what each sub-network adds to S: ``[T, H, E]`` for ``q [T, H, d_h]``."""
-    heads = q.shape[1] // k.shape[0]
-    k, u, v = (w.float().repeat_interleave(heads, dim=0) for w in (k, u, v))  # [H, E, d_e, d_h]
-    hidden = F.silu(torch.einsum("thd,hefd->thef", q, k)) * torch.einsum("thd,hefd->thef", q, u)
-    return r * torch.einsum("thef,hefd->thed", hidden, v).norm(dim=-1)
-
-
-class RouterHealth(Callback):
+class RouterHealth(Deferring):
     """Logs ``router/*`` of every FlashMHF layer and of their mean, and two pictures a layer (sub-network x head).
 
     It takes one sequence of each rank's current batch through the decoder once more, without gradients and uncompiled,
@@ -112,7 +120,8 @@ class RouterHealth(Callback):
     passed over. DeepSpeed's ZeRO-3 records the order in which it gathers weights, which such a forward would upset:
     with it there is no look at the routers.
 
-    Costs a forward of one sequence every ``every_n_steps``.
+    Costs a forward of one sequence every ``every_n_steps``, for which the device waits: eager, it is bound by the host.
+    Points and pictures are deferred; the pictures, which take the host longest, one layer a turn.
     """
 
     def __init__(self, every_n_steps: int) -> None:
@@ -121,6 +130,7 @@ class RouterHealth(Callback):
         Args:
             every_n_steps: Optimiser steps between two looks, each at the next step at which Lightning logs; 0 for none.
         """
+        super().__init__()
         self.every_n_steps = every_n_steps
         self._layers: dict[int, FlashMHF] = {}
         self._next = 0
@@ -141,29 +151,48 @@ class RouterHealth(Callback):
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Trainer, pl_module: PretrainModule, outputs: Any, batch: dict[str, Tensor], batch_idx: int
     ) -> None:
-        """Look, where it is time."""
+        """Look, where it is time, and leave the rest."""
         if not self._layers or trainer.global_step < self._next or not is_logging_step(trainer):
             return
         self._next = trainer.global_step // self.every_n_steps * self.every_n_steps + self.every_n_steps
-        health = self._over_ranks(trainer, self._measure(trainer, pl_module, batch))
-        write_points(trainer, points(health))
+        health = self._measure(trainer, pl_module, batch)
+        shapes = [value.shape for value in health]
+        measured = HostCopy(torch.cat([value.flatten() for value in health]))
+        self.defer(partial(self._write, trainer, measured, shapes, point_step(trainer)))
+
+    def _write(self, trainer: Trainer, measured: HostCopy, shapes: list[torch.Size], step: int) -> None:
+        """Write the points, and leave the pictures; a collective."""
+        values = measured.read().split([shape.numel() for shape in shapes])
+        health = GateHealth(*(value.view(shape) for value, shape in zip(values, shapes, strict=True)))
+        by_layer = self._over_ranks(trainer, health)
+        write_points(trainer, points(by_layer), step)
+        self.defer(partial(self._draw, trainer, by_layer, step))
+
+    def _draw(self, trainer: Trainer, health: dict[int, GateHealth], step: int) -> None:
+        """Draw the first layer's pictures, and leave the others'."""
+        layer = min(health)
+        measured = health.pop(layer)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                for layer, measured in health.items():
-                    step = trainer.fit_loop.epoch_loop._batches_that_stepped
-                    for name in ("load", "contribution"):
-                        picture = heat_map(getattr(measured, name).numpy().T)
-                        logger.experiment.add_image(f"router/{name}/layer_{layer}", picture, step, dataformats="HWC")
+                for name in ("load", "contribution"):
+                    picture = heat_map(getattr(measured, name).numpy().T)
+                    logger.experiment.add_image(f"router/{name}/layer_{layer}", picture, step, dataformats="HWC")
+        if health:
+            self.defer(partial(self._draw, trainer, health, step))
 
     @torch.no_grad()
-    def _measure(self, trainer: Trainer, module: PretrainModule, batch: dict[str, Tensor]) -> dict[int, GateHealth]:
-        """Run one sequence through the decoder; the layers' inputs are caught on their way, and nothing is kept."""
-        health: dict[int, GateHealth] = {}
+    def _measure(self, trainer: Trainer, module: PretrainModule, batch: dict[str, Tensor]) -> GateHealth:
+        """Run one sequence through the decoder; the layers' inputs are caught on their way.
+
+        Returns:
+            What this rank measured in all layers, on the device.
+        """
+        sampled: dict[int, tuple[Tensor, Tensor]] = {}
 
         def look(layer: int, ffn: FlashMHF, x: Tensor) -> None:
             q = _local(ffn.queries(x))[0]  # [L, H, d_h]
             q = q[:: -(-len(q) // SAMPLED_TOKENS)]
-            health[layer] = gate_health(q, *(_local(w) for w in (ffn.router, ffn.k, ffn.u, ffn.v)))
+            sampled[layer] = sigmoids_and_outputs(q, *(_local(w) for w in (ffn.router, ffn.k, ffn.u, ffn.v)))
 
         hooks = [
             # After the hook that splits heads, and inside of FSDP2's: the layer's input and weights are as in training.
@@ -180,27 +209,31 @@ class RouterHealth(Callback):
             module.decoder.train(training)
             for hook in hooks:
                 hook.remove()
-        return health
+        sigmoids, outputs = (torch.stack(parts) for parts in zip(*(sampled[i] for i in self._layers), strict=True))
+        return gate_health(sigmoids, outputs)
 
-    def _over_ranks(self, trainer: Trainer, health: dict[int, GateHealth]) -> dict[int, GateHealth]:
-        """Put the heads of a split replica together, and take the mean over data-parallel ranks; a collective."""
+    def _over_ranks(self, trainer: Trainer, health: GateHealth) -> dict[int, GateHealth]:
+        """Put the heads of a split replica together, and take the mean over data-parallel ranks; a collective.
+
+        Returns:
+            The same by layer.
+        """
         assert self._ranks is not None
-        split = trainer.world_size // data_parallel_ranks(trainer)[1]
+        replicas = data_parallel_ranks(trainer)[1]
+        split = trainer.world_size // replicas
         part = trainer.global_rank % split  # a replica's ranks are neighbours
 
         def placed(value: Tensor) -> Tensor:
-            whole = torch.zeros(len(value) * split, *value.shape[1:], dtype=torch.float64)
-            whole[part * len(value) : (part + 1) * len(value)] = value
+            layers, heads, *rest = value.shape
+            whole = torch.zeros(layers, heads * split, *rest, dtype=torch.float64)
+            whole[:, part * heads : (part + 1) * heads] = value
             return whole
 
-        # One wait for the device, not one for each value.
-        on_device = [value for measured in health.values() for value in measured]
-        on_cpu = iter(torch.cat([value.flatten() for value in on_device]).cpu().split([v.numel() for v in on_device]))
-        parts = {layer: [placed(next(on_cpu).view_as(v)) for v in measured] for layer, measured in health.items()}
-        values = [value for whole in parts.values() for value in whole]
-        mean = self._ranks.sum(torch.cat([value.flatten() for value in values])) / data_parallel_ranks(trainer)[1]
-        pieces = iter(mean.split([value.numel() for value in values]))
-        return {layer: GateHealth(*(next(pieces).view_as(v) for v in whole)) for layer, whole in parts.items()}
+        wholes = [placed(value) for value in health]
+        mean = self._ranks.sum(torch.cat([whole.flatten() for whole in wholes])) / replicas
+        pieces = mean.split([whole.numel() for whole in wholes])
+        means = [piece.view_as(whole) for piece, whole in zip(pieces, wholes, strict=True)]
+        return {layer: GateHealth(*(mean[i] for mean in means)) for i, layer in enumerate(self._layers)}
 
 
 def points(health: dict[int, GateHealth]) -> dict[str, float]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from mhf_lightning.callbacks import is_logging_step, write_points
+from mhf_lightning.callbacks import is_logging_step, point_step, write_points
+from mhf_lightning.callbacks.deferred import Deferring
 from mhf_lightning.callbacks.gathering import RankTable
-from mhf_lightning.callbacks.timeline import Timeline
+from mhf_lightning.callbacks.timeline import Border, Timeline
 from mhf_lightning.plan.flops import flops_per_token
 from mhf_lightning.plan.gpus import GPUS
 from mhf_lightning.training.module import PretrainModule
@@ -45,14 +47,15 @@ DEVICES = {
 }
 
 
-class Throughput(Callback):
+class Throughput(Deferring):
     """Logs ``throughput/*`` and ``time/*`` over the window since the last logging step.
 
     Tokens are positions of the batches, summed over the ranks that read different data. The first optimiser step of a
     start, micro-batches in which a graph was compiled, validation and checkpoints count neither as time nor as tokens;
     ``time/*`` shows their share of the wall time. Totals over the run are in the checkpoint.
 
-    Costs five CUDA events a micro-batch, and one exchange of a few numbers on the CPU at logging steps.
+    Costs five CUDA events a micro-batch. What a logging step adds, one exchange of a few numbers on the CPU and the
+    points, is deferred: host time while the device runs the next forward.
 
     Attributes:
         tokens: Measured so far, over all ranks.
@@ -67,6 +70,7 @@ class Throughput(Callback):
         Args:
             peak_tflops: Peak TFLOP/s of one device for the MFU; None looks the device up by its name.
         """
+        super().__init__()
         self.tokens = 0
         self.samples = 0
         self.seconds = 0.0
@@ -109,17 +113,19 @@ class Throughput(Callback):
         self._graphs = _compiled_graphs(pl_module)
         self._enter("forward")
 
-    def on_before_backward(self, trainer: Trainer, *_: Any) -> None:
-        """Begin the backward."""
+    def on_before_backward(self, trainer: Trainer, *args: Any) -> None:
+        """Begin the backward, and take a turn."""
         self._enter("backward")
+        super().on_before_backward(trainer, *args)
 
     def on_after_backward(self, trainer: Trainer, *_: Any) -> None:
         """End the backward."""
         self._enter("other")
 
-    def on_before_optimizer_step(self, trainer: Trainer, *_: Any) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, *args: Any) -> None:
         """Begin the optimiser: norm, clipping, update."""
         self._enter("optimizer")
+        super().on_before_optimizer_step(trainer, *args)
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: Trainer, pl_module: PretrainModule, outputs: Any, batch: dict[str, Tensor], batch_idx: int
@@ -129,18 +135,18 @@ class Throughput(Callback):
         labels = batch["labels"]
         if not self._flops_per_token:
             self._flops_per_token = flops_per_token(pl_module.decoder.config, labels.shape[1])
-        self._timeline.enter("logging", labels.numel(), len(labels))
+        end = self._timeline.enter("logging", labels.numel(), len(labels))
         if not self._warm:
             self._timeline.relabel("compile")
             self._warm = not trainer.fit_loop._should_accumulate()
         elif _compiled_graphs(pl_module) != self._graphs:
             self._timeline.relabel("compile", since="data")
         if is_logging_step(trainer):
-            self._read(trainer)
-            write_points(trainer, self._take_window(pl_module))
+            self.defer(partial(self._write, trainer, end, point_step(trainer), pl_module.tokens_seen))
 
-    def on_validation_start(self, trainer: Trainer, *_: Any) -> None:
-        """Stop the clock."""
+    def on_validation_start(self, trainer: Trainer, *args: Any) -> None:
+        """Write what is left, and stop the clock."""
+        super().on_validation_start(trainer, *args)
         self._enter("validation")
 
     def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
@@ -150,8 +156,7 @@ class Throughput(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: PretrainModule, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
         """Stop the clock, and store the totals up to here (a collective, after a wait for the device)."""
         if self._timeline is not None:
-            self._timeline.enter("checkpoint")
-            self._read(trainer, wait=True)
+            self._read(trainer, self._timeline.enter("checkpoint"))
         checkpoint["throughput"] = {"tokens": self.tokens, "samples": self.samples, "seconds": self.seconds}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: PretrainModule, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
@@ -160,18 +165,24 @@ class Throughput(Callback):
         self.tokens, self.samples, self.seconds = totals["tokens"], totals["samples"], totals["seconds"]
 
     def on_train_end(self, trainer: Trainer, pl_module: PretrainModule) -> None:  # type: ignore[override]
-        """Count the last, unfinished window."""
-        self._read(trainer, wait=True)
+        """Write what is left, and count the last, unfinished window."""
+        super().on_train_end(trainer, pl_module)
+        self._read(trainer)
 
     def _enter(self, phase: str) -> None:
         if self._timeline is not None:  # validation before training is not measured
             self._timeline.enter(phase)
 
-    def _read(self, trainer: Trainer, wait: bool = False) -> None:
-        """Add what has passed to the window and to the totals; a collective."""
+    def _write(self, trainer: Trainer, end: Border, step: int, tokens_seen: int) -> None:
+        """Close the window at the end of a logging step; a collective."""
+        self._read(trainer, end)
+        write_points(trainer, self._take_window(tokens_seen), step)
+
+    def _read(self, trainer: Trainer, until: Border | None = None) -> None:
+        """Add what came before a border to the window and to the totals; a collective."""
         assert self._timeline is not None
         assert self._ranks is not None
-        by_phase, tokens, samples = self._timeline.read(wait)
+        by_phase, tokens, samples = self._timeline.read(until)
         counted = is_first_of_replica(trainer)
         row = [*(by_phase.get(phase, 0.0) for phase in PHASES), tokens * counted, samples * counted]
         table = self._ranks.gather(row)
@@ -183,13 +194,13 @@ class Throughput(Callback):
         self.tokens += int(passed[n])
         self.samples += int(passed[n + 1])
 
-    def _take_window(self, pl_module: PretrainModule) -> dict[str, float]:
+    def _take_window(self, tokens_seen: int) -> dict[str, float]:
         """Return the window's points, and begin a new one."""
         *seconds, tokens, samples = self._window.tolist()
         self._window.zero_()
         wall, trained = sum(seconds), sum(seconds[: len(TRAINING)])
         values = {f"time/{phase}": s / wall for phase, s in zip(PHASES, seconds, strict=True)} if wall else {}
-        values["throughput/flops"] = pl_module.tokens_seen * self._flops_per_token
+        values["throughput/flops"] = tokens_seen * self._flops_per_token
         if tokens and trained:
             rate = tokens / trained
             flops = rate / self._devices * self._flops_per_token

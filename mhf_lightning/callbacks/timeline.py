@@ -14,9 +14,6 @@ import torch
 class Mark(Protocol):
     """A point in time that may still lie ahead."""
 
-    def query(self) -> bool:
-        """Return whether it has passed."""
-
     def synchronize(self) -> None:
         """Wait until it has passed."""
 
@@ -31,10 +28,6 @@ class ClockMark:
 
     def __init__(self) -> None:
         self.time = self.clock()
-
-    def query(self) -> bool:
-        """Return that it has passed."""
-        return True
 
     def synchronize(self) -> None:
         """Return at once."""
@@ -51,8 +44,10 @@ def cuda_mark() -> Mark:
     return event
 
 
-@dataclass
-class _Border:
+@dataclass(eq=False)
+class Border:
+    """Where one phase ends and the next begins."""
+
     mark: Mark
     begins: str
     done: tuple[int, int]  # (tokens, samples) completed in the phase that ends here
@@ -67,11 +62,12 @@ class Timeline:
 
     def __init__(self, on_device: bool) -> None:
         self._new_mark: Callable[[], Mark] = cuda_mark if on_device else ClockMark
-        self._borders: deque[_Border] = deque()
+        self._borders: deque[Border] = deque()
 
-    def enter(self, phase: str, tokens: int = 0, samples: int = 0) -> None:
+    def enter(self, phase: str, tokens: int = 0, samples: int = 0) -> Border:
         """Begin a phase; ``tokens`` and ``samples`` are what the phase that ends here has completed."""
-        self._borders.append(_Border(self._new_mark(), phase, (tokens, samples)))
+        self._borders.append(Border(self._new_mark(), phase, (tokens, samples)))
+        return self._borders[-1]
 
     def relabel(self, phase: str, since: str | None = None) -> None:
         """Count what has ended as another phase that completes nothing: back to the last ``since``, or all unread."""
@@ -82,17 +78,19 @@ class Timeline:
             if found:
                 return
 
-    def read(self, wait: bool = False) -> tuple[dict[str, float], int, int]:
-        """Return and forget what has passed since the last call: seconds by phase, tokens, samples.
+    def read(self, until: Border | None = None) -> tuple[dict[str, float], int, int]:
+        """Return and forget what came since the last call: seconds by phase, tokens, samples.
 
         Args:
-            wait: Wait for the device, so that nothing is left over.
+            until: Up to here, which the device is waited for to pass; None is the newest border.
         """
         seconds: dict[str, float] = {}
         tokens = samples = 0
-        if wait and self._borders:
-            self._borders[-1].mark.synchronize()
-        while len(self._borders) > 1 and self._borders[1].mark.query():
+        if not self._borders:
+            return seconds, tokens, samples
+        until = until or self._borders[-1]
+        until.mark.synchronize()
+        while self._borders[0] is not until:
             begun = self._borders.popleft()
             ended = self._borders[0]
             duration = begun.mark.elapsed_time(ended.mark) / 1e3

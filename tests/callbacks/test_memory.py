@@ -52,7 +52,8 @@ def test_the_peak_of_each_phase_window_and_run(allocator, monkeypatch):
     module = SimpleNamespace(device=device)
     points: list[dict] = []
     monkeypatch.setattr(memory, "is_logging_step", lambda trainer: True)
-    monkeypatch.setattr(memory, "write_points", lambda trainer, values: points.append(values))
+    monkeypatch.setattr(memory, "point_step", lambda trainer: 0)
+    monkeypatch.setattr(memory, "write_points", lambda trainer, values, step: points.append(values))
     meter = PeakMemory()
     meter.on_train_start(None, module)
 
@@ -69,6 +70,13 @@ def test_the_peak_of_each_phase_window_and_run(allocator, monkeypatch):
 
     allocator.allocate(1)  # weights
     batch(2, 5, 3)
+    assert not points
+    meter.on_validation_start(None, module)
+    allocator.allocate(4)
+    allocator.allocate(-4)
+    meter.on_validation_end(None, module)
+    batch(1, 2, 1)
+    meter.on_train_end(None, module)
     assert points[0]["memory/peak_in_forward_gib"] == 3
     assert points[0]["memory/peak_in_backward_gib"] == 6
     assert points[0]["memory/peak_in_optimizer_gib"] == 4
@@ -79,11 +87,6 @@ def test_the_peak_of_each_phase_window_and_run(allocator, monkeypatch):
     assert points[0]["memory/fragmentation"] == 0.25
     assert (points[0]["memory/alloc_retries"], points[0]["memory/ooms"]) == (2, 1)
 
-    meter.on_validation_start(None, module)
-    allocator.allocate(4)
-    allocator.allocate(-4)
-    meter.on_validation_end(None, module)
-    batch(1, 2, 1)
     assert points[1]["memory/peak_in_validation_gib"] == points[1]["memory/peak_max_gib"] == 5
     assert points[1]["memory/peak_in_backward_gib"] == 3
     assert points[1]["memory/peak_gib"] == 6  # of the run

@@ -10,12 +10,25 @@ from mhf_kernels import flash_mhf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from timed_run import CONFIG, train, train_on_ranks
 
-from mhf_lightning.callbacks.router_health import SCALARS, contributions, gate_health, heat_map, points
+from mhf_lightning.callbacks.router_health import (
+    SCALARS,
+    GateHealth,
+    gate_health,
+    heat_map,
+    output_norms,
+    points,
+    sigmoids_and_outputs,
+)
 
 H, E, D_E, D_H, T = 2, 4, 8, 4, 8
 torch.manual_seed(0)
 K, U, V = (torch.randn(H, E, D_E, D_H) for _ in range(3))
 LOUD = 40.0  # a sigmoid of it is 1, of its negative 0
+
+
+def measure(q: torch.Tensor, router: torch.Tensor, *weights: torch.Tensor) -> GateHealth:
+    """One layer's gate."""
+    return gate_health(*sigmoids_and_outputs(q, router, *weights))
 
 
 def one_hot(choice: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,7 +39,7 @@ def one_hot(choice: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_an_equal_gate():
-    health = gate_health(torch.randn(T, H, D_H), torch.zeros(H, D_H, E), K, U, V)
+    health = measure(torch.randn(T, H, D_H), torch.zeros(H, D_H, E), K, U, V)
     expected = {"entropy_token": 1, "entropy_mean_gate": 1, "effective_subnetworks": E, "dead_fraction": 0}
     for name, value in {**expected, "sigmoid_sum": E / 2, "saturation": 0}.items():
         assert getattr(health, name).tolist() == pytest.approx([value] * H), name
@@ -34,7 +47,7 @@ def test_an_equal_gate():
 
 
 def test_every_token_takes_one_and_all_are_taken():
-    health = gate_health(*one_hot(torch.arange(T) % E), K, U, V)
+    health = measure(*one_hot(torch.arange(T) % E), K, U, V)
     expected = {"entropy_token": 0, "entropy_mean_gate": 1, "effective_subnetworks": 1, "dead_fraction": 0}
     for name, value in {**expected, "sigmoid_sum": 1, "saturation": 1}.items():
         assert getattr(health, name).tolist() == pytest.approx([value] * H, abs=1e-6), name
@@ -42,7 +55,7 @@ def test_every_token_takes_one_and_all_are_taken():
 
 
 def test_all_tokens_take_the_same():
-    health = gate_health(*one_hot(torch.full((T,), 2)), K, U, V)
+    health = measure(*one_hot(torch.full((T,), 2)), K, U, V)
     expected = {"entropy_token": 0, "entropy_mean_gate": 0, "effective_subnetworks": 1, "dead_fraction": 3 / 4}
     for name, value in expected.items():
         assert getattr(health, name).tolist() == pytest.approx([value] * H, abs=1e-6), name
@@ -55,7 +68,7 @@ def test_a_gate_of_three_quarters_and_a_quarter(autocast):
     router = torch.tensor([[[3.0, 1 / 3], [1.0, 1.0]]]).log()  # [H = 1, d_h = 2, E = 2]; a d_h of 1 is no product
     weights = torch.ones(1, 2, 1, 2)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        health = gate_health(torch.ones(3, 1, 2), router, weights, weights, weights)
+        health = measure(torch.ones(3, 1, 2), router, weights, weights, weights)
     assert health.load.tolist() == [pytest.approx([0.75, 0.25])]
     assert health.effective_subnetworks.item() == pytest.approx(1 / (0.75**2 + 0.25**2))
     assert health.entropy_token.item() == pytest.approx(-0.75 * np.log2(0.75) - 0.25 * np.log2(0.25))
@@ -68,7 +81,7 @@ def test_contributions_are_those_of_the_op(kuv_heads):
     """The op with all but one gate set to zero is R_e O_e; with one K/U/V head for both heads too."""
     k, u, v = (w[:kuv_heads] for w in (K, U, V))
     q, r = torch.randn(T, H, D_H), torch.rand(T, H, E)
-    sizes = contributions(q, k, u, v, r)
+    sizes = r * output_norms(q, k, u, v)
     for e in range(E):
         alone = torch.zeros_like(r)
         alone[..., e] = r[..., e]
@@ -76,8 +89,8 @@ def test_contributions_are_those_of_the_op(kuv_heads):
 
 
 def test_points_are_means_over_heads_and_layers():
-    equal = gate_health(torch.randn(T, H, D_H), torch.zeros(H, D_H, E), K, U, V)
-    single = gate_health(*one_hot(torch.full((T,), 2)), K, U, V)
+    equal = measure(torch.randn(T, H, D_H), torch.zeros(H, D_H, E), K, U, V)
+    single = measure(*one_hot(torch.full((T,), 2)), K, U, V)
     values = points({0: equal, 5: single})
     assert values["router/effective_subnetworks/layer_0"] == pytest.approx(E)
     assert values["router/effective_subnetworks/layer_5"] == pytest.approx(1)

@@ -194,7 +194,11 @@ def test_overhead_with_the_370m_model_is_below_one_percent(tmp_path):
 
 
 def test_no_step_waits_for_the_device_because_of_them(tmp_path):
-    """PyTorch warns of each synchronising call; steps that log nothing have none more than without callbacks."""
+    """PyTorch warns of each synchronising call; no step has more than without callbacks.
+
+    The steps compared are ordinary ones, one that logs and looks at the routers, and the one after it, in which the
+    points are written. Events, which the deferred work waits for, are not counted: they have passed long before.
+    """
 
     class Syncs(Callback):
         def __init__(self) -> None:
@@ -220,8 +224,9 @@ def test_no_step_waits_for_the_device_because_of_them(tmp_path):
 
     alone = count([], tmp_path / "alone")
     watched = count(ours(tmp_path / "watched"), tmp_path / "watched")
-    assert min(alone[12:17]) > 0  # the training module's own, one a step: warnings are caught
-    assert alone[12:17] == watched[12:17]
+    steps = slice(EVERY - 2, EVERY + 7)
+    assert min(alone[steps]) > 0  # the training module's own, one a step: warnings are caught
+    assert alone[steps] == watched[steps]
 
 
 def test_rates_shares_and_peaks(tmp_path):

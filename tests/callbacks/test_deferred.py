@@ -1,0 +1,139 @@
+"""What is deferred is what it would have been at once: nothing is lost, at a save, a validation, or the end."""
+
+import pytest
+import timed_run
+from lightning.pytorch import Callback
+from lightning.pytorch.trainer.connectors.logger_connector import result
+from timed_run import Points, train
+
+from mhf_lightning.callbacks.deferred import Deferring
+
+RUN = {"strategy": "single", "rows": [[4] * 8], "steps": 4, "every": 2, "router": 2, "accumulate": 2}
+WRITERS = {  # one point of each callback
+    "throughput/tokens_per_s",
+    "memory/peak_gib",
+    "health/loss_spike",
+    "health/update_to_weight",
+    "router/entropy_token/mean",
+}
+
+
+def test_turns():
+    done: list[str] = []
+    callback = Deferring()
+    callback.defer(lambda: callback.defer(lambda: done.append("second of a")) or done.append("a"))
+    callback.defer(lambda: done.append("b"))
+    callback.on_before_backward(None, None)
+    assert done == ["a", "b"]
+    callback.on_before_optimizer_step(None, None)
+    assert done == ["a", "b", "second of a"]
+    callback.defer(lambda: callback.defer(lambda: done.append("d")) or done.append("c"))
+    callback.finish_deferred()
+    assert done[3:] == ["c", "d"]
+    callback.defer(lambda: done.append("of an interrupted run"))
+    callback.setup(None, None, "fit")
+    callback.finish_deferred()
+    assert len(done) == 5
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {},
+        {"save_after": 2},  # at a logging step, and below between two
+        {"save_after": 3, "steps": 5, "rows": [[4] * 10]},
+        {"validate_every": 4},
+        {"every": 1, "router": 1, "accumulate": 1, "save_after": 3, "validate_every": 2},
+    ],
+    ids=str,
+)
+def test_points_and_state_are_those_of_work_done_at_once(case, tmp_path, monkeypatch):
+    """All tags, all steps, all values; only the memory of the process differs between two runs."""
+    deferred = train({**RUN, **case, "folder": str(tmp_path / "deferred")})
+    with monkeypatch.context() as patch:
+        patch.setattr(Deferring, "defer", lambda self, work: work())
+        at_once = train({**RUN, **case, "folder": str(tmp_path / "at-once")})
+    points, expected = deferred["points"], at_once["points"]
+    assert set(points) == set(expected)
+    assert set(points) >= WRITERS
+    for tag in points:
+        assert set(points[tag]) == set(expected[tag]), tag
+        if not tag.startswith("memory/"):
+            assert points[tag] == expected[tag], tag
+    for tag in WRITERS - {"throughput/tokens_per_s"}:  # which the first step has none of
+        assert set(points[tag]) == set(points["train/loss"]), tag
+    assert deferred["totals"] == at_once["totals"]
+    assert deferred["spikes"] == at_once["spikes"]
+
+
+def test_a_resume_from_a_save_at_a_logging_step(tmp_path):
+    case = {**RUN, "rows": [[4] * 12], "steps": 6, "folder": str(tmp_path), "save_after": 4}
+    whole = train(case)
+    resumed = train({**case, "resume": str(tmp_path / "step-4"), "save_after": None})
+    assert resumed["spikes"] == pytest.approx(whole["spikes"])
+    assert resumed["totals"]["tokens"] == whole["totals"]["tokens"] - 2 * 4 * timed_run.LENGTH  # its first step
+
+
+class Watch(Callback):
+    """Notes what is known when validation begins; may end the run behind a step."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.stop_after, self.known = stop_after, set()
+
+    def on_validation_start(self, trainer, *_):
+        if not trainer.sanity_checking and not self.known:  # the first one, with points of one step
+            self.known = set(trainer.callback_metrics)
+            self.points = set(trainer.loggers[0].points)
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == self.stop_after:
+            raise SystemExit(75)  # as preemption does
+
+
+@pytest.fixture
+def loggers(monkeypatch):
+    """Of the runs, also of those that did not end."""
+    made: list[Points] = []
+    monkeypatch.setattr("timed_run.Points", lambda: made.append(Points()) or made[-1])
+    return made
+
+
+def with_callback(callback, monkeypatch):
+    build = timed_run.callbacks_of
+    monkeypatch.setattr("timed_run.callbacks_of", lambda case: [*build(case), callback])
+
+
+def test_points_are_known_when_validation_begins(monkeypatch):
+    watch = Watch()
+    with_callback(watch, monkeypatch)
+    train({**RUN, "validate_every": 4})
+    assert watch.known >= WRITERS
+    assert watch.points >= WRITERS
+
+
+@pytest.mark.parametrize("save_after", [2, None])
+def test_points_are_written_when_a_save_is_made(save_after, loggers, tmp_path, monkeypatch):
+    """The run leaves before another turn; without the save the points are lost, and haunt no later run."""
+    with_callback(Watch(stop_after=2), monkeypatch)
+    with pytest.raises(SystemExit):
+        train({**RUN, "folder": str(tmp_path), "save_after": save_after})
+    (logger,) = loggers
+    assert WRITERS & set(logger.points) == (WRITERS if save_after else set())
+    if save_after:
+        assert all(set(logger.points[tag]) == {1} for tag in WRITERS)
+
+
+def test_lightnings_metrics_are_not_asked_for(monkeypatch, tmp_path):
+    """Each look at them turns ``train/loss`` into a number for a progress bar: a wait for the device."""
+    looks = [0]
+    convert = result.convert_tensors_to_scalars
+
+    def counted(value):
+        looks[-1] += 1
+        return convert(value)
+
+    monkeypatch.setattr(result, "convert_tensors_to_scalars", counted)
+    train({**RUN, "monitored": False})
+    looks.append(0)
+    train({**RUN, "logdir": str(tmp_path)})
+    assert looks[0] == looks[1] > 0
