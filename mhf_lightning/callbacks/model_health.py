@@ -226,7 +226,7 @@ def squared_norms(optimizer: torch.optim.AdamW, lr: float) -> Tensor:
 
     Args:
         optimizer: After its step; its gradients may be gone.
-        lr: The learning rate of that step; a schedule may have changed the optimiser's own by now.
+        lr: The learning rate of the first group in that step; a schedule may have changed the optimiser's own by now.
     """
     total = sum(_local(p).numel() for group in optimizer.param_groups for p in group["params"])
     stride = -(-total // SAMPLED_WEIGHTS) | 1  # odd: a power of two would stay in few columns
@@ -237,8 +237,13 @@ def squared_norms(optimizer: torch.optim.AdamW, lr: float) -> Tensor:
             if p in optimizer.state:  # it has been trained
                 by_shards.setdefault(_shards(p), []).append(p)
         for shards, parameters in by_shards.items():
-            sums += shards * _squared_norms([(p, optimizer.state[p]) for p in parameters], group, lr, stride)
+            of_group = lr * _peak_lr(group) / _peak_lr(optimizer.param_groups[0])  # one schedule for all
+            sums += shards * _squared_norms([(p, optimizer.state[p]) for p in parameters], group, of_group, stride)
     return sums
+
+
+def _peak_lr(group: dict[str, Any]) -> float:
+    return group.get("initial_lr", group["lr"])  # a schedule adds the first
 
 
 def _squared_norms(

@@ -22,6 +22,7 @@ class OptimizerConfig:
         eps: Added to the denominator.
         weight_decay: Decoupled decay of matrices; norms are not decayed.
         grad_clip: Global gradient norm above which gradients are scaled down; 0 turns clipping off.
+        router_lr_scale: Learning rate of the routers' weights over that of all else.
     """
 
     lr: float = 1.5e-3
@@ -30,9 +31,10 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     grad_clip: float = 1.0
+    router_lr_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        for key in ("lr", "eps"):
+        for key in ("lr", "eps", "router_lr_scale"):
             if getattr(self, key) <= 0:
                 raise ValueError(f"optimizer.{key} is {getattr(self, key)}; it must be positive")
         for key in ("weight_decay", "grad_clip"):
@@ -83,15 +85,33 @@ class ScheduleConfig:
         return at
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Split trainable parameters into decayed matrices and the rest (norm weights, whatever their shape)."""
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
+    """Split trainable parameters into decayed matrices and the rest (norm weights, whatever their shape).
+
+    Routers, which are decayed too, are a third group where they have a learning rate of their own.
+
+    Raises:
+        ValueError: Routers are to have one, and there are none.
+    """
     norms = {id(p) for m in model.modules() if "RMSNorm" in type(m).__name__ for p in m.parameters(recurse=False)}
     decayed: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             (rest if id(parameter) in norms or parameter.ndim < 2 else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    if config.router_lr_scale != 1.0:
+        routers = [p for name, p in model.named_parameters() if p.requires_grad and name.split(".")[-1] == "router"]
+        if not routers:
+            raise ValueError(
+                "optimizer.router_lr_scale is for models with routers, and this one has none; leave it out"
+            )
+        mine = {id(p) for p in routers}
+        groups[0]["params"] = [p for p in decayed if id(p) not in mine]
+        groups.append(
+            {"params": routers, "weight_decay": config.weight_decay, "lr": config.lr * config.router_lr_scale}
+        )
+    return groups
 
 
 class MeshAdamW(torch.optim.AdamW):
@@ -122,7 +142,7 @@ def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     on_gpu = all(p.is_cuda for p in model.parameters())
     meshes = {getattr(p, "device_mesh", None) for p in model.parameters()}
     return (MeshAdamW if len(meshes) > 1 else torch.optim.AdamW)(
-        parameter_groups(model, config.weight_decay),
+        parameter_groups(model, config),
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,

@@ -33,12 +33,12 @@ def test_every_parameter_is_in_one_group():
     assert {name: group_of(name) for name in names} == names
 
 
-@pytest.mark.parametrize("sampled", [2**18, 2**12])
-def test_the_update_is_what_the_optimiser_did(sampled, monkeypatch):
+@pytest.mark.parametrize(("sampled", "router_lr_scale"), [(2**18, 1.0), (2**12, 1.0), (2**18, 3.0)])
+def test_the_update_is_what_the_optimiser_did(sampled, router_lr_scale, monkeypatch):
     monkeypatch.setattr("mhf_lightning.callbacks.model_health.SAMPLED_WEIGHTS", sampled)
     torch.manual_seed(0)
     decoder = Decoder(CONFIG)
-    optimizer = build_adamw(decoder, OptimizerConfig(lr=0.1, weight_decay=0.5))
+    optimizer = build_adamw(decoder, OptimizerConfig(lr=0.1, weight_decay=0.5, router_lr_scale=router_lr_scale))
     for _ in range(3):
         before = [p.detach().clone() for p in decoder.parameters()]
         for p in decoder.parameters():

@@ -53,7 +53,28 @@ def test_decay_is_on_matrices_only():
     assert all(isinstance(p, torch.nn.Parameter) for p in decayed["params"])
 
 
-@pytest.mark.parametrize("changes", [{"lr": 0.0}, {"weight_decay": -0.1}, {"grad_clip": -1.0}])
+@pytest.mark.parametrize(
+    "changes", [{"lr": 0.0}, {"weight_decay": -0.1}, {"grad_clip": -1.0}, {"router_lr_scale": 0.0}]
+)
 def test_bad_values_are_named(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
         OptimizerConfig(**changes)
+
+
+def test_routers_can_have_a_learning_rate_of_their_own():
+    ffn = FFNConfig("flash_mhf", num_heads=2, num_subnetworks=2, d_e=16)
+    decoder = Decoder(DecoderConfig(vocab_size=50, d_model=32, num_layers=2, num_attention_heads=2, ffn=ffn))
+    optimizer = build_adamw(decoder, OptimizerConfig(lr=1e-3, router_lr_scale=3.0, weight_decay=0.3))
+    decayed, rest, routers = optimizer.param_groups
+    assert [id(p) for p in routers["params"]] == [id(block.ffn.router) for block in decoder.blocks]
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([1e-3, 1e-3, 3e-3])
+    assert routers["weight_decay"] == 0.3
+    every = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(every) == sorted(id(p) for p in decoder.parameters())
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    assert routers["lr"] == pytest.approx(1.5e-3)
+    plain = DecoderConfig(
+        vocab_size=50, d_model=32, num_layers=1, num_attention_heads=2, ffn=FFNConfig("swiglu", d_ff=48)
+    )
+    with pytest.raises(ValueError, match="router_lr_scale is for models with routers"):
+        build_adamw(Decoder(plain), OptimizerConfig(router_lr_scale=3.0))
