@@ -6,7 +6,6 @@ from typing import Any, Optional
 
 import torch
 from lightning.pytorch import Trainer
-from torch import Tensor
 
 
 @dataclass
@@ -55,14 +54,6 @@ def write_points(trainer: Trainer, values: Mapping[str, float], step: int | None
     a collective of its own, and repeat stale ones.
     """
     step = point_step(trainer) if step is None else step
-    known_metrics(trainer).update({key: torch.tensor(value) for key, value in values.items()})
+    trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
     for logger in trainer.loggers:
         logger.log_metrics(dict(values), step=step)
-
-
-def known_metrics(trainer: Trainer) -> dict[str, Tensor]:
-    """Return ``trainer.callback_metrics`` without what the training module has logged since the last step's end.
-
-    The property itself waits for the device: it turns ``train/loss`` into a number for Lightning's progress bar.
-    """
-    return trainer._logger_connector._callback_metrics

@@ -15,10 +15,10 @@ class Deferring(Callback):
     """Does what it leaves at ``on_train_batch_end`` in turns, which are taken when the device is busy.
 
     The training module waits for the device once a step, before the optimiser, so at ``on_train_batch_end`` the device
-    has little left to do, and waits for the host. Turns are ``on_before_backward`` and ``on_before_optimizer_step``,
-    when a whole forward, or backward, is queued. What work defers itself comes a turn later. Turns are the same on all
-    ranks, so work may be a collective. It may read from the device by a :class:`HostCopy` of an earlier turn only:
-    anything else waits for all that is queued.
+    has little left to do, and waits for the host, which catches up in the forward at best. A turn is therefore
+    ``on_before_optimizer_step``, when a backward is queued and the host would only wait for it. What work defers itself
+    comes a turn, a step, later. Turns are the same on all ranks, so work may be a collective. It may read from the
+    device by a :class:`HostCopy` of an earlier turn only: anything else waits for all that is queued.
 
     Nothing is left when a save asks for the state, when validation begins, and when training ends. After an exception
     what is left is dropped: a collective, or the device, might never answer.
@@ -42,13 +42,10 @@ class Deferring(Callback):
         self._deferred.clear()
         super().setup(trainer, pl_module, stage)
 
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Take a turn."""
-        self._take_turn()
-
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Take a turn."""
-        self._take_turn()
+        for _ in range(len(self._deferred)):
+            self._deferred.popleft()()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish before validation has its points."""
@@ -64,10 +61,6 @@ class Deferring(Callback):
         """Finish: a save asks all callbacks for their state first, before ``on_save_checkpoint``."""
         self.finish_deferred()
         return {}
-
-    def _take_turn(self) -> None:
-        for _ in range(len(self._deferred)):
-            self._deferred.popleft()()
 
 
 class HostCopy:

@@ -73,10 +73,9 @@ class PeakMemory(Deferring):
         """Begin the forward."""
         self._enter("forward", pl_module.device)
 
-    def on_before_backward(self, trainer: Trainer, pl_module: PretrainModule, *args: Any) -> None:  # type: ignore[override]
-        """Begin the backward, and take a turn."""
+    def on_before_backward(self, trainer: Trainer, pl_module: PretrainModule, *_: Any) -> None:  # type: ignore[override]
+        """Begin the backward."""
         self._enter("backward", pl_module.device)
-        super().on_before_backward(trainer, pl_module, *args)
 
     # Nothing is allocated between the end of the backward and the optimiser, or the micro-batch's end.
 

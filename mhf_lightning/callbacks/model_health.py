@@ -82,8 +82,7 @@ class ModelHealth(Deferring):
     average before it; its averages are in the checkpoint.
 
     Costs, at logging steps only: the norms of all gradients once more, queued behind the backward; a few kernels over
-    ``SAMPLED_WEIGHTS`` elements, queued behind the next forward; and an exchange of two numbers on the CPU, when the
-    next backward is queued.
+    ``SAMPLED_WEIGHTS`` elements, queued behind the next step's backward; and an exchange of two numbers on the CPU.
     """
 
     def __init__(self) -> None:

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
 
-from mhf_lightning.callbacks import is_logging_step, known_metrics
+from mhf_lightning.callbacks import is_logging_step
 from mhf_lightning.callbacks.deferred import Deferring
 
 MEASURED = ("throughput/", "memory/")
@@ -38,7 +38,7 @@ def status(metrics: Mapping[str, Tensor]) -> dict[str, str]:
 
 def measured(trainer: Trainer) -> dict[str, str]:
     """Return speed and memory, which other callbacks have measured and deferred; they are on the CPU."""
-    return status({key: value for key, value in known_metrics(trainer).items() if key.startswith(MEASURED)})
+    return status({key: value for key, value in trainer.callback_metrics.items() if key.startswith(MEASURED)})
 
 
 class StepProgressBar(Deferring, TQDMProgressBar):

@@ -113,10 +113,9 @@ class Throughput(Deferring):
         self._graphs = _compiled_graphs(pl_module)
         self._enter("forward")
 
-    def on_before_backward(self, trainer: Trainer, *args: Any) -> None:
-        """Begin the backward, and take a turn."""
+    def on_before_backward(self, trainer: Trainer, *_: Any) -> None:
+        """Begin the backward."""
         self._enter("backward")
-        super().on_before_backward(trainer, *args)
 
     def on_after_backward(self, trainer: Trainer, *_: Any) -> None:
         """End the backward."""
