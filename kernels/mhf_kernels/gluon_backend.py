@@ -196,21 +196,23 @@ def _backward_weights(
     inputs = _tokens(q, ROWS), _tokens(grad_o, ROWS), *(_rows(w, ROWS, ROWS) for w in (k, u, v)), r_seq
     with on(q.device):
         for part in _weight_parts(programs, group * tiles_m, q.device):
-            outs = grads
-            if part.splits > 1:
-                rows = part.splits, part.programs * ROWS, d_h
-                outs = [None if grad is None else grad.new_empty(rows, dtype=torch.float32) for grad in grads]
+            rows = part.splits, part.programs * ROWS, d_h
+            outs = grads if part.splits == 1 else [_float32(grad, rows) for grad in grads]
             gluon_kernels.backward_weights_kernel[part.grid](
                 *inputs, *outs, *r_seq.stride()[1:],
                 tokens, group, subnetworks * d_e, d_e // ROWS, tiles_m, part.first, part.share,
                 STAGES=BACKWARD_WEIGHTS_STAGES, FAST=triton_backend.gate() == "fast",
                 NEED_K=needs_grad[0], NEED_U=needs_grad[1], NEED_V=needs_grad[2], num_warps=4,
             )  # fmt: skip
+            own = slice(part.first * ROWS, (part.first + part.programs) * ROWS)
             for partials, grad in zip(outs, grads, strict=True):
-                if part.splits > 1 and grad is not None:
-                    own = slice(part.first * ROWS, (part.first + part.programs) * ROWS)
+                if part.splits > 1 and partials is not None and grad is not None:
                     triton_backend.sum_splits(partials, grad.view(-1, d_h)[own])
     return grads
+
+
+def _float32(x: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    return None if x is None else x.new_empty(shape, dtype=torch.float32)
 
 
 def _or_triton(launch: Callable[[], T], fallback: Callable[[], T], *, wanted: bool = True) -> T:

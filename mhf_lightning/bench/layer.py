@@ -55,6 +55,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--d_e", type=int, default=D_E, metavar="N", help=f"width of a FlashMHF sub-network (default {D_E})"
     )
+    parser.add_argument(
+        "--in_block",
+        action="store_true",
+        help="measure x + layer(RMSNorm(x)), as in a Transformer; without the bare op",
+    )
     parser.add_argument("--batch", type=int, metavar="B", help=f"sequences (default {BATCH})")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on the CPU")
     parser.add_argument(
@@ -77,7 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.plot_from is not None:
             return _draw(args.plot_from, (args.output or args.plot_from.parent) / "layer.png")
         output = args.output or Path(f"runs/bench-layer-{datetime.datetime.now():%Y%m%d-%H%M%S}")
-        return run(_points(args), _peers(args.peers), args.dtype, QUICK_SECONDS if args.quick else SECONDS, output)
+        peers = [peer for peer in _peers(args.peers) if peer.family != "op" or not args.in_block]
+        seconds = QUICK_SECONDS if args.quick else SECONDS
+        return run(_points(args), peers, args.dtype, seconds, output, in_block=args.in_block)
     except (ValueError, OSError, ImportError) as error:
         measure.say(f"error: {error}")
         return 2
@@ -112,7 +119,9 @@ def _peers(names: list[str]) -> list[Peer]:
     return [PEERS[name] for name in names]
 
 
-def run(points: list[Sizes], peers: list[Peer], dtype_name: str | None, seconds: float, output: Path) -> int:
+def run(
+    points: list[Sizes], peers: list[Peer], dtype_name: str | None, seconds: float, output: Path, *, in_block: bool
+) -> int:
     """Measure every peer at every point; write layer.csv, decode.csv, environment.json, layer.png; print tables.
 
     Raises:
@@ -140,7 +149,7 @@ def run(points: list[Sizes], peers: list[Peer], dtype_name: str | None, seconds:
             started = time.perf_counter()
             number = f"[{len(rows) + 1}/{len(points) * len(peers)}]"
             measure.say(f"{number} L {sizes.length}, d_model {sizes.d_model}, d_h {sizes.d_h}: {peer.name}")
-            rows.append(_layer_row(peer, sizes, dtype, ceiling, stopwatch) | about)
+            rows.append(_layer_row(peer, sizes, dtype, ceiling, stopwatch, in_block) | about)
             layer_csv.write(rows[-1])
             measure.release(stopwatch.device)
             measure.say(f"    {rows[-1]['status']}, {time.perf_counter() - started:.1f} s")
@@ -158,12 +167,15 @@ def run(points: list[Sizes], peers: list[Peer], dtype_name: str | None, seconds:
     return 1 if failed else 0
 
 
-def _layer_row(peer: Peer, sizes: Sizes, dtype: torch.dtype, ceiling: float, stopwatch: Stopwatch) -> Row:
+def _layer_row(
+    peer: Peer, sizes: Sizes, dtype: torch.dtype, ceiling: float, stopwatch: Stopwatch, in_block: bool
+) -> Row:
     """Measure one peer at one point; what goes wrong becomes the row's status."""
     is_mhf = peer.family != "swiglu"
     row: Row = {
         "peer": peer.name,
         "status": "ok",
+        "in_block": "yes" if in_block else "",
         "batch": sizes.batch,
         "L": sizes.length,
         "tokens": sizes.tokens,
@@ -182,7 +194,7 @@ def _layer_row(peer: Peer, sizes: Sizes, dtype: torch.dtype, ceiling: float, sto
     stage = "building"
     try:
         with measure.out_of_memory():
-            module = peer.module(sizes, stopwatch.device, dtype)
+            module = peer.module(sizes, stopwatch.device, dtype, in_block)
             inputs = peer.inputs(sizes, stopwatch.device, dtype)
         row["parameters"] = sum(weight.numel() for weight in module.parameters())
         if peer.name.startswith("flash_mhf"):

@@ -138,6 +138,19 @@ class FlashMHFOp(nn.Module):
         return flash_mhf(q, self.k, self.u, self.v, r)
 
 
+class InBlock(nn.Module):
+    """A layer where a Transformer has it: `x + layer(RMSNorm(x))`."""
+
+    def __init__(self, d_model: int, layer: nn.Module) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(d_model, eps=1e-6)
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[B, L, d_model]` to `[B, L, d_model]`."""
+        return x + self.layer(self.norm(x))
+
+
 @dataclass(frozen=True)
 class Peer:
     """One line of the table."""
@@ -155,10 +168,11 @@ class Peer:
             return "not installed"
         return "needs CUDA" if self.cuda_only and device.type != "cuda" else None
 
-    def module(self, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    def module(self, sizes: Sizes, device: torch.device, dtype: torch.dtype, in_block: bool = False) -> nn.Module:
         """Build the layer; `torch.compile` is for exactly these sizes, as in training at one context length."""
         with device:  # drawing large weights on the CPU takes seconds
-            module = self.build(sizes).to(dtype)
+            layer = self.build(sizes)
+            module = (InBlock(sizes.d_model, layer) if in_block else layer).to(dtype)
         if self.compiled:
             module.compile(fullgraph=True, dynamic=False)
         return module

@@ -11,7 +11,20 @@ from typing import Any
 Row = dict[str, Any]
 
 LAYER_COLUMNS = (
-    *("peer", "status", "batch", "L", "tokens", "d_model", "d_h", "num_heads", "num_subnetworks", "d_e", "d_ff"),
+    *(
+        "peer",
+        "status",
+        "in_block",
+        "batch",
+        "L",
+        "tokens",
+        "d_model",
+        "d_h",
+        "num_heads",
+        "num_subnetworks",
+        "d_e",
+        "d_ff",
+    ),
     *("parameters", "backend", "forward_ms", "backward_ms", "forward_backward_ms"),
     *("forward_share", "backward_share", "forward_backward_share"),
     *("inference_peak_mib", "training_peak_mib", "kept_mib", "kept_and_output_mib"),
@@ -75,9 +88,10 @@ def layer_tables(rows: Iterable[Row]) -> str:
         first = point[0]
         widths = {"FlashMHF" if row["num_subnetworks"] else "SwiGLU": row["d_ff"] for row in point}
         d_ff = ", ".join(f"{width} ({layer})" for layer, width in widths.items())
+        around = ", with norm and residual" if first["in_block"] else ""
         parts.append(
             f"batch {first['batch']}, L {first['L']}, d_model {first['d_model']}, d_h {first['d_h']}, "
-            f"d_ff {d_ff}; GEMM {first['gemm_tflops']:.4g} TFLOP/s\n\n"
+            f"d_ff {d_ff}{around}; GEMM {first['gemm_tflops']:.4g} TFLOP/s\n\n"
             + markdown(headings, [_with_status(row) for row in point])
         )
     return "\n\n".join(parts)

@@ -44,8 +44,9 @@ class Deferring(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Take a turn."""
-        for _ in range(len(self._deferred)):
-            self._deferred.popleft()()
+        turn, self._deferred = self._deferred, deque()
+        for work in turn:
+            work()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish before validation has its points."""

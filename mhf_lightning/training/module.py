@@ -257,7 +257,7 @@ class PretrainModule(LightningModule):
             gradients.drop()
             self._count_skipped(loss, norm, window)
         self.step_loss, self.step_grad_norm = loss, norm
-        # Without prog_bar: Lightning would turn the value into a number, and wait for the device, at the end of each step.
+        # Without prog_bar: Lightning would turn it into a number, and so wait for the device, at the end of each step.
         self.log("train/loss", loss.float())
         self.log("train/perplexity", loss.exp().float())
         self.log_dict({f"train/{key}": value.float() for key, value in self._bits_per_byte(loss, "train").items()})

@@ -208,6 +208,21 @@ def test_out_of_memory_is_recognised():
 
 
 @on_cpu
+def test_layers_in_a_block(tmp_path, capsys):
+    names = ["swiglu", "flash_mhf", "flash_mhf_op"]
+    assert main([*TINY, "--length", "16", "--in_block", "--peers", *names, "--output", str(tmp_path)]) == 0
+    rows = read(tmp_path / "layer.csv")
+    assert [(row["peer"], row["status"], row["in_block"]) for row in rows] == [
+        (name, "ok", "yes") for name in names[:2]
+    ]
+    assert "with norm and residual" in capsys.readouterr().out
+    sizes = Sizes(1, 16, 128, 32)
+    module = PEERS["swiglu"].module(sizes, torch.device("cpu"), torch.float32, in_block=True)
+    x = torch.randn(1, 16, 128)
+    torch.testing.assert_close(module(x), x + module.layer(torch.nn.functional.rms_norm(x, (128,), eps=1e-6)))
+
+
+@on_cpu
 def test_the_width_of_a_subnetwork(tmp_path):
     assert main([*TINY, "--length", "16", "--d_e", "64", "--peers", "flash_mhf_op", "--output", str(tmp_path)]) == 0
     (row,) = read(tmp_path / "layer.csv")
