@@ -15,7 +15,7 @@ ActivationCheckpointing = Literal["none", "selective", "ffn", "full"]
 # FlashMHF's output is the input of W_out, whose backward wants it; the op's backward wants Q only, one matrix product
 # away. Attention's backward wants its output too. Both are costly to compute again and no larger than a block's input.
 # All else is computed again: norms, projections, rotary, a SwiGLU's intermediate. What each choice costs is measured:
-# README, "activation checkpointing".
+# training/README.md.
 FFN_OPS = (torch.ops.mhf.flash_mhf_routed.default, torch.ops.mhf.flash_mhf.default)
 ATTENTION_OPS = (
     torch.ops.aten._scaled_dot_product_flash_attention.default,

@@ -7,12 +7,13 @@ Every case trains a few real steps by Lightning's Trainer on random tokens, in a
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from mhf_lightning.bench.report import CsvFile
 
 PAPER = Path(__file__).parents[2] / "configs" / "paper"
 GIB = 2**30
@@ -111,7 +112,7 @@ def main() -> None:
         print("RESULT" + json.dumps(measure(json.loads(options.arguments))))
         return
 
-    rows = []
+    file = None
     print(f"{'case':28} {'options':46} {'predicted':>9} {'measured':>9} {'error':>7}")
     for number in options.case if options.case is not None else range(len(CASES)):
         name, *arguments = CASES[number]
@@ -126,12 +127,10 @@ def main() -> None:
         error = sizes["predicted"] / sizes["measured"] - 1
         shape = f"{result['micro_batch']} x {result['context_length']} {result['options']}"
         print(f"{name:28} {shape:46} {sizes['predicted']:9.2f} {sizes['measured']:9.2f} {error:+7.1%}", flush=True)
-        rows.append({"case": name, **result, **{k: f"{v:.3f}" for k, v in sizes.items()}, "error": f"{error:+.4f}"})
-    if options.out and rows:
-        with options.out.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        row = {"case": name, **result, **{k: f"{v:.3f}" for k, v in sizes.items()}, "error": f"{error:+.4f}"}
+        if options.out:
+            file = file or CsvFile(options.out, tuple(row))
+            file.write(row)
 
 
 if __name__ == "__main__":
