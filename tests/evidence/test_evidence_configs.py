@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from jsonargparse import ArgumentParser
 
+from mhf_lightning.bench.model import read_model
 from mhf_lightning.evidence.queue import read_queue
 from mhf_lightning.model import Decoder, DecoderConfig, count_parameters
 
@@ -16,16 +16,9 @@ VARIANTS = {"swiglu", "gated_swiglu", "mh_ffn", "pkv", "dense_moe"} | {f"flash_m
 TOKENS_PER_STEP = 65_536
 
 
-def decoder_config(path: Path) -> DecoderConfig:
-    parser = ArgumentParser()
-    parser.add_class_arguments(DecoderConfig, "model.decoder")
-    parser.add_argument("--config", action="config")
-    return parser.instantiate(parser.parse_path(path)).model.decoder
-
-
 def models(size: str) -> dict[str, DecoderConfig]:
     files = sorted((EVIDENCE / size).glob("*.yaml"))
-    return {path.stem: decoder_config(path) for path in files if path.stem != "recipe"}
+    return {path.stem: read_model(path) for path in files if path.stem != "recipe"}
 
 
 @pytest.mark.parametrize("size", SIZES)
