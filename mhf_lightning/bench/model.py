@@ -95,6 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tokens", type=int, metavar="N", default=TOKENS, help=f"of a call, B * L (default {TOKENS}); L must divide it"
     )
+    parser.add_argument("--batch", type=int, metavar="B", help="sequences of a call, in place of --tokens")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="default: all")
     parser.add_argument(
         "--fully_checkpointed_blocks",
@@ -166,8 +167,10 @@ def run(args: argparse.Namespace) -> int:
     """
     if not args.models:
         raise ValueError("name the model files to compare, the baseline first: configs/paper/1.3b/swiglu.yaml ...")
+    if args.batch is not None and args.batch < 1:
+        raise ValueError(f"--batch is {args.batch}; it must be at least 1")
     for length in args.length:
-        if length < 1 or args.tokens % length:
+        if length < 1 or (args.batch is None and args.tokens % length):
             raise ValueError(f"--length {length} does not divide --tokens {args.tokens}, so there is no whole batch")
     models = read_models(args.models)
     output = args.output or Path(f"runs/bench-model-{datetime.datetime.now():%Y%m%d-%H%M%S}")
@@ -197,7 +200,7 @@ def run(args: argparse.Namespace) -> int:
         how = MODES[mode]
         if how.checkpointing == "ffn":
             how = replace(how, fully_checkpointed_blocks=args.fully_checkpointed_blocks)
-        case = _Case(models[name], how, args.tokens // length, length, dtype, stopwatch)
+        case = _Case(models[name], how, args.batch or args.tokens // length, length, dtype, stopwatch)
         row = {"model": name, "mode": mode} | about | case.row(args.only, ceilings[length])
         rows.append(row)
         file_of_rows.write(row)
@@ -410,8 +413,8 @@ def plot(csv_path: Path, png_path: Path) -> None:
         panel.grid(alpha=0.3)
     figure.legend(*line[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     first = rows[0]
-    figure.suptitle(
-        f"{first['device']}, {first['dtype']}, torch {first['torch']}, {int(first['batch']) * int(first['L'])} tokens"
-    )
+    tokens = {int(row["batch"]) * int(row["L"]) for row in rows}
+    work = f"{tokens.pop()} tokens" if len(tokens) == 1 else f"batch {first['batch']}"
+    figure.suptitle(f"{first['device']}, {first['dtype']}, torch {first['torch']}, {work}")
     with png_path.open("xb") as image:
         figure.savefig(image, format="png", dpi=120)

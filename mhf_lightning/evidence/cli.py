@@ -1,4 +1,4 @@
-"""`mhf evidence corpus | run | table`. Exit codes: 0 well, 1 a run failed, 2 wrong use."""
+"""`mhf evidence corpus | run | table | efficiency`. Exit codes: 0 well, 1 a run failed, 2 wrong use."""
 
 from __future__ import annotations
 
@@ -41,6 +41,13 @@ def main(args: list[str]) -> int:
     table = commands.add_parser("table", help="tables and curves from event files alone")
     table.add_argument("inputs", metavar="INPUT", nargs="+", type=Path, help="Archives of `run`, or folders of runs.")
     table.add_argument("--out", type=Path, required=True, help="Folder for results.md, results.csv and pictures.")
+    efficiency = commands.add_parser("efficiency", help="the paper's efficiency table beside measured rows")
+    efficiency.add_argument("--layer", type=Path, required=True, help="layer.csv of `mhf bench layer`.")
+    efficiency.add_argument("--model", type=Path, required=True, help="model.csv of `mhf bench model`.")
+    efficiency.add_argument(
+        "--paper", type=Path, default=Path("configs/paper/efficiency.csv"), help="What the paper printed."
+    )
+    efficiency.add_argument("--out", type=Path, required=True, help="The Markdown file to write.")
     for command in (corpus, run):
         command.add_argument("--data", type=Path, default=Path("data/evidence"), help="Folder of the dataset.")
     options = parser.parse_args(args)
@@ -49,6 +56,12 @@ def main(args: list[str]) -> int:
             from mhf_lightning.evidence.corpus import make_corpus
 
             make_corpus(options.data, options.tokenizer, options.record)
+            return 0
+        if options.command == "efficiency":
+            from mhf_lightning.evidence import efficiency as tables
+
+            tables.write(options.layer, options.model, options.paper, options.out)
+            print(f"wrote {options.out}")
             return 0
         if options.command == "table":
             from mhf_lightning.bench.report import PLOT_NEEDS

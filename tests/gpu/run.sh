@@ -4,12 +4,13 @@
 #   layer    mhf bench layer: shape S, and three lengths
 #   sweeps   mhf bench layer over L, d_model and d_h
 #   model    mhf bench model: the 1.3B and the 370M models of the paper, FlashMHF against SwiGLU and MH-FFN
+#   paper    the paper's efficiency table again: layers and 1.3B models at batch 8, L = 192 to 16,384; efficiency.md
 #   generate mhf bench generate: the 1.3B models, FlashMHF against SwiGLU
 #   sanitize every kernel once under compute-sanitizer: memory accesses, then races in shared memory
 # Without a stage: check and layer. Each stage goes on where one of its parts fails; the exit code tells.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
-out=${1:?usage: tests/gpu/run.sh OUT [check|layer|sweeps|model|generate|sanitize ...]}
+out=${1:?usage: tests/gpu/run.sh OUT [check|layer|sweeps|model|paper|generate|sanitize ...]}
 shift
 python=${PYTHON:-python3}
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}"
@@ -41,6 +42,14 @@ for stage in "${@:-check layer}"; do
                 mhf bench model "${files[@]}" --only inference --output "$out/inference-$size"
                 mhf bench model "${files[@]}" --only training --length 1024 4096 16384 --quick --output "$out/training-$size"
             done
+            ;;
+        paper)
+            sizes=(--batch 8 --quick --length 192 1024 2048 4032 4096 8064 8192 16128 16384)
+            files=(configs/paper/1.3b/{swiglu,flash_mhf_release,mh_ffn}.yaml)
+            mhf bench layer "${sizes[@]}" --output "$out/paper-layer"
+            mhf bench model "${files[@]}" --only inference --modes eager compiled "${sizes[@]}" --output "$out/paper-model"
+            mhf evidence efficiency --layer "$out/paper-layer/layer.csv" --model "$out/paper-model/model.csv" \
+                --out "$out/efficiency.md"
             ;;
         generate)  # without eager, which takes as long as all else and is bound by the host
             files=(configs/paper/1.3b/{swiglu,flash_mhf_release}.yaml)
