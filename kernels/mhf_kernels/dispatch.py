@@ -16,7 +16,10 @@ from torch import Tensor
 
 
 class Backend(Protocol):
-    """Kernels for the forward and the backward of the op. Inputs are checked already; strides are arbitrary."""
+    """Kernels for the forward and the backward of the op. Inputs are checked already; strides are arbitrary.
+
+    A backend may also have `routed_forward(q, k, u, v, router)`, which returns o, or None where it cannot.
+    """
 
     name: str
 

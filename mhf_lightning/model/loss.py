@@ -47,10 +47,10 @@ class _Sums(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         log_z = hidden.new_empty(len(hidden), dtype=torch.promote_types(dtype, torch.float32))
         picked = torch.empty_like(log_z)
-        low = weight.to(dtype)
+        low = weight.detach().to(dtype)  # no parameter: torch.compile has a graph for each shape of those
         device = hidden.device.type
         for rows in _chunks(hidden, weight):
-            log_z[rows], picked[rows] = fused(log_z_and_picked, device)(hidden[rows], low, targets[rows])
+            log_z[rows], picked[rows] = fused(log_z_and_picked, device)(hidden[rows].detach(), low, targets[rows])
         ctx.save_for_backward(hidden, weight, targets, log_z)
         ctx.dtype = dtype
         valid = targets != IGNORE_INDEX
@@ -58,17 +58,23 @@ class _Sums(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_nll: Tensor, grad_squared_log_z: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        """With p = softmax(logits): the logits' gradient is ``(g + 2 g_z log Z) p``, less g at the target."""
+        """With p = softmax(logits): the logits' gradient is ``(g + 2 g_z log Z) p``, less g at the target.
+
+        Raises:
+            RuntimeError: A second derivative is wanted; it would be wrong, as log(Z) is taken for a constant.
+        """
+        if torch.is_grad_enabled():
+            raise RuntimeError("linear_cross_entropy_sums has no second derivative; leave create_graph out")
         hidden, weight, targets, log_z = ctx.saved_tensors
         valid = targets != IGNORE_INDEX
         at_target = torch.where(valid, grad_nll, 0)
         share = torch.where(valid, grad_nll + 2 * grad_squared_log_z * log_z, 0)
-        low = weight.to(ctx.dtype)
+        low = weight.detach().to(ctx.dtype)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=log_z.dtype)
         for rows in _chunks(hidden, weight):
             numbers = log_z[rows], share[rows], at_target[rows], targets[rows]
-            grad, grad_at_target = fused(logits_gradient, hidden.device.type)(hidden[rows], low, *numbers)
+            grad, grad_at_target = fused(logits_gradient, hidden.device.type)(hidden[rows].detach(), low, *numbers)
             grad.scatter_(1, _index(targets[rows]), grad_at_target)
             grad_hidden[rows] = grad @ low
             add_product(grad_weight, grad.T, hidden[rows].to(ctx.dtype))
@@ -99,8 +105,10 @@ def logits_gradient(
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add ``a @ b`` in place to a wider ``total``: on a GPU inside the product, else by way of the dtype of ``a``."""
-    if total.device.type == "cuda" and a.dtype != total.dtype:
+    """Add ``a @ b`` in place to ``total``; where that is wider, on the CPU by way of the dtype of ``a``."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif total.device.type == "cuda":
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total += a @ b
@@ -110,9 +118,10 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 def fused(function: Callable[..., Any], device_type: str) -> Callable[..., Any]:
     """Return a function of a chunk as it runs on a device: on a GPU all but its product is one pass over the logits.
 
-    Operation by operation, logits pass through memory a dozen times, in float32.
+    Operation by operation, logits pass through memory a dozen times, in float32. A process that has used up the graphs
+    which torch.compile allows a function (8, of shapes, dtypes and modes) goes on so; with ``fullgraph`` it would fail.
     """
-    return torch.compile(function, fullgraph=True) if device_type == "cuda" else function
+    return torch.compile(function) if device_type == "cuda" else function
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:

@@ -90,7 +90,8 @@ def trace(step: Step, *, large_workspace: bool = True) -> LiveMemory:
             run = _RUNS[step.strategy](step, decoder, memory)
             if compiled is not None:
                 for block in decoder.blocks:
-                    compiled.install(block)
+                    if block.activation_checkpointing == "none":
+                        compiled.install(block)
             run.step(micro_batches=1)
             memory.forget("activations", "weight copies", "logits")  # what compiling left behind is no memory
             memory.reset_peak()

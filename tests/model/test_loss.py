@@ -1,6 +1,7 @@
 """Head and cross-entropy in chunks: values and gradients against PyTorch's, memory, dtypes."""
 
 import weakref
+from functools import partial
 from typing import ClassVar
 
 import pytest
@@ -98,3 +99,21 @@ def test_logits_of_one_chunk_exist_at_a_time(monkeypatch, dtype):
         linear_cross_entropy_sums(hidden, weight, torch.randint(512, (4096,))).nll.backward()
     assert largest.elements == chunk
     assert largest.alive == (1 if dtype == torch.float32 else 2)
+
+
+def test_a_process_out_of_compiled_graphs_goes_on(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    on_gpu = [loss.fused.__wrapped__(function, "cuda") for function in (loss.log_z_and_picked, loss.logits_gradient)]
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            hidden, weight, targets = (x.detach() for x in make(dtype=dtype))
+            inputs = hidden, weight, targets
+            torch.testing.assert_close(on_gpu[0](*inputs), loss.log_z_and_picked(*inputs))
+            inputs = hidden, weight, *torch.randn(3, 33).to(dtype), targets
+            torch.testing.assert_close(on_gpu[1](*inputs), loss.logits_gradient(*inputs))
+
+
+def test_a_second_derivative_is_refused():
+    hidden, weight, targets = make()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(linear_cross_entropy_sums(hidden, weight, targets).nll, hidden, create_graph=True)
