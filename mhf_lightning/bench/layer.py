@@ -83,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _draw(args.plot_from, (args.output or args.plot_from.parent) / "layer.png")
         output = args.output or Path(f"runs/bench-layer-{datetime.datetime.now():%Y%m%d-%H%M%S}")
         peers = [peer for peer in _peers(args.peers) if peer.family != "op" or not args.in_block]
+        if not peers:
+            raise ValueError("--in_block leaves out flash_mhf_op; name another peer")
         seconds = QUICK_SECONDS if args.quick else SECONDS
         return run(_points(args), peers, args.dtype, seconds, output, in_block=args.in_block)
     except (ValueError, OSError, ImportError) as error:

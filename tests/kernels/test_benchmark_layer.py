@@ -220,6 +220,7 @@ def test_layers_in_a_block(tmp_path, capsys):
     module = PEERS["swiglu"].module(sizes, torch.device("cpu"), torch.float32, in_block=True)
     x = torch.randn(1, 16, 128)
     torch.testing.assert_close(module(x), x + module.layer(torch.nn.functional.rms_norm(x, (128,), eps=1e-6)))
+    assert main([*TINY, "--in_block", "--peers", "flash_mhf_op", "--output", str(tmp_path / "op")]) == 2
 
 
 @on_cpu
