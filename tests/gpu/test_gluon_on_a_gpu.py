@@ -33,7 +33,8 @@ SHAPES = [  # batch, length, heads, kuv_heads, subnetworks, d_e, d_h; on 132 mul
     (3, 700, 8, 4, 5, 128, 64),
     (1, 2433, 8, 8, 2, 192, 64),
     (1, 2100, 8, 4, 3, 128, 256),
-    (2, 150, 16, 16, 3, 128, 128),  # few tokens: all tiles are shared
+    (2, 150, 16, 16, 3, 128, 128),  # few tokens: all of their tiles are shared
+    (1, 1100, 8, 4, 6, 512, 128),  # of 192 tiles of d_ff, the last 60 are shared
 ]
 
 
