@@ -234,7 +234,7 @@ class Part:
     """Some of a kernel's programs, `first` to `first + programs`, each a tile of tokens of a head or of rows of d_ff.
 
     Attributes:
-        first: number of the first one.
+        first: number of the first one; 0 unless tiles are shared.
         programs: how many.
         splits: programs that share a tile.
         share: what each of those walks: sub-networks of a tile of tokens, tiles of tokens for a tile of d_ff.

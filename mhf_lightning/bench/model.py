@@ -173,6 +173,11 @@ def run(args: argparse.Namespace) -> int:
         if length < 1 or (args.batch is None and args.tokens % length):
             raise ValueError(f"--length {length} does not divide --tokens {args.tokens}, so there is no whole batch")
     models = read_models(args.models)
+    least = min(config.num_layers for config in models.values())
+    if not 0 <= args.fully_checkpointed_blocks <= least:
+        raise ValueError(f"--fully_checkpointed_blocks must be from 0 to {least}, the blocks of the smallest model")
+    if args.fully_checkpointed_blocks and "compiled_ffn" not in args.modes:
+        raise ValueError("--fully_checkpointed_blocks is for mode compiled_ffn, which --modes leaves out")
     output = args.output or Path(f"runs/bench-model-{datetime.datetime.now():%Y%m%d-%H%M%S}")
     stopwatch, dtype, about = measure.begin(
         output,
@@ -378,8 +383,10 @@ def plot(csv_path: Path, png_path: Path) -> None:
     """
     with csv_path.open(newline="") as file:
         reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise ValueError(f"{csv_path} is no model.csv of mhf bench model: its columns differ")
+        wanted = {"model", "mode", "L", "batch", *report.ABOUT, *PANELS}
+        missing = wanted - set(reader.fieldnames or ())  # older files lack others
+        if missing:
+            raise ValueError(f"{csv_path} is no model.csv of mhf bench model: it lacks {', '.join(sorted(missing))}")
         rows = list(reader)
     panels = {name: title for name, title in PANELS.items() if any(row[name] != report.NOT_MEASURED for row in rows)}
     if not panels:

@@ -36,6 +36,7 @@ DECODE_COLUMNS = (
     *("device", "dtype", "torch", "triton"),
 )
 AXES = ("L", "d_model", "d_h")
+ABOUT = ("device", "dtype", "torch")  # what a plot's title says
 PANELS = {
     "forward_ms": "inference (ms)",
     "forward_backward_ms": "forward + backward (ms)",
@@ -147,8 +148,9 @@ def plot(csv_path: Path, png_path: Path) -> None:
     """
     with csv_path.open(newline="") as file:
         reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != LAYER_COLUMNS:
-            raise ValueError(f"{csv_path} is no layer.csv of mhf bench layer: its columns differ")
+        missing = {"peer", "batch", *ABOUT, *AXES, *PANELS} - set(reader.fieldnames or ())  # older files lack others
+        if missing:
+            raise ValueError(f"{csv_path} is no layer.csv of mhf bench layer: it lacks {', '.join(sorted(missing))}")
         rows = [_parsed(row) for row in reader]
     panels = {name: title for name, title in PANELS.items() if any(name in row for row in rows)}
     if not panels:
@@ -179,7 +181,7 @@ def plot(csv_path: Path, png_path: Path) -> None:
 
 def _parsed(row: dict[str, str]) -> Row:
     """Turn the columns that a plot needs into numbers; what was not measured is left out."""
-    parsed: Row = {name: row[name] for name in ("peer", "batch", "device", "dtype", "torch")}
+    parsed: Row = {name: row[name] for name in ("peer", "batch", *ABOUT)}
     parsed |= {axis: int(row[axis]) for axis in AXES}
     return parsed | {name: float(row[name]) for name in PANELS if row[name] != NOT_MEASURED}
 

@@ -131,7 +131,8 @@ def load_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, stored: 
         ]
         if any(other != settings[0] for other in settings):
             raise CheckpointError(
-                f"the checkpoint's optimiser has different settings for parameters that share a group here: {settings}"
+                f"the checkpoint's optimiser has different settings for parameters of one group: {settings}; "
+                "start with the model.optimizer that the run was started with (weight_decay, router_lr_scale)"
             )
         sources.append(min(candidates))
         implementation = {key: own[key] for key in _IMPLEMENTATION if key in own}

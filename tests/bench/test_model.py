@@ -181,6 +181,8 @@ def test_speed_ups_are_those_over_the_compiled_and_the_checkpointed_baseline():
         ([], "name the model files to compare"),
         (["{file}", "--length", "7", "--tokens", "32"], "--length 7 does not divide --tokens 32"),
         (["{file}", "--length", "7", "--batch", "0"], "--batch is 0; it must be at least 1"),
+        (["{file}", "--fully_checkpointed_blocks", "99"], "must be from 0 to"),
+        (["{file}", "--fully_checkpointed_blocks", "1", "--modes", "eager"], "which --modes leaves out"),
         (["{file}", "{file}"], "two model files have the same name"),
         (["missing.yaml"], "missing.yaml is no model file"),
         (["--plot_from", "{file}"], "is no model.csv of mhf bench model"),

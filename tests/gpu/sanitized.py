@@ -1,6 +1,6 @@
 """Run every kernel once on small inputs, for compute-sanitizer (`tests/gpu/run.sh OUT sanitize`); on Hopper.
 
-Arguments: names of backends, all unless given.
+Arguments: names of backends, both unless given.
 
 Checks the values too, loosely: a tool that changes the timing should not change them.
 """
@@ -16,6 +16,7 @@ from mhf_kernels import flash_mhf, flash_mhf_reference, router_weights
 # backend, then batch, length, heads, E, d_e, d_h; gluon needs enough tiles, heads and sub-networks for the GPU
 CASES = [
     *(("gluon", (1, 1100, 16, 2, 128, d_h)) for d_h in (64, 128, 256)),
+    ("gluon", (1, 1100, 16, 5, 128, 128)),  # dK, dU, dV: a whole wave, and a shared rest
     *(("triton", (2, 131, 2, 2, 80, d_h)) for d_h in (64, 96)),
     ("triton", (1, 16, 2, 2, 64, 128)),
 ]
@@ -40,8 +41,10 @@ def run(backend: str, shape: tuple[int, ...]) -> None:
 
 
 if __name__ == "__main__":
+    wanted = sys.argv[1:] or ["gluon", "triton"]
+    assert {"gluon", "triton"} >= set(wanted), wanted
     for backend, shape in CASES:
-        if backend not in (sys.argv[1:] or ("gluon", "triton")):
+        if backend not in wanted:
             continue
         run(backend, shape)
         print(backend, shape, "right", flush=True)
