@@ -58,6 +58,11 @@ class Deferring(Callback):
         self.finish_deferred()
         super().on_train_end(trainer, pl_module)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Drop what is left, also for a save that comes after."""
+        self._deferred.clear()
+        super().on_exception(trainer, pl_module, exception)
+
     def state_dict(self) -> dict[str, Any]:
         """Finish: a save asks all callbacks for their state first, before ``on_save_checkpoint``."""
         self.finish_deferred()

@@ -98,7 +98,8 @@ class Layout(Deferring):
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: PretrainModule, exception: BaseException) -> None:  # type: ignore[override]
-        """Write what is left."""
+        """Write what the files' queues hold."""
+        super().on_exception(trainer, pl_module, exception)
         self._close()
 
     def _close(self) -> None:

@@ -102,6 +102,7 @@ class PeakMemory(Deferring):
 
     def on_exception(self, trainer: Trainer, pl_module: PretrainModule, exception: BaseException) -> None:  # type: ignore[override]
         """Where memory ran out, write the snapshot and say what holds the memory and what to change."""
+        super().on_exception(trainer, pl_module, exception)
         if not isinstance(exception, torch.OutOfMemoryError):
             return
         where = f"rank {trainer.global_rank}, {self._phase}"

@@ -55,7 +55,7 @@ class Throughput(Deferring):
     ``time/*`` shows their share of the wall time. Totals over the run are in the checkpoint.
 
     Costs five CUDA events a micro-batch. What a logging step adds, one exchange of a few numbers on the CPU and the
-    points, is deferred: host time while the device runs the next forward.
+    points, is deferred: host time while the device runs the next backward (on a CPU, a part of ``time/optimizer``).
 
     Attributes:
         tokens: Measured so far, over all ranks.

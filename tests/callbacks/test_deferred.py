@@ -7,6 +7,8 @@ from lightning.pytorch.trainer.connectors.logger_connector import result
 from timed_run import Points, train
 
 from mhf_lightning.callbacks.deferred import Deferring
+from mhf_lightning.callbacks.layout import Layout
+from mhf_lightning.callbacks.memory import PeakMemory
 
 RUN = {"strategy": "single", "rows": [[4] * 8], "steps": 4, "every": 2, "router": 2, "accumulate": 2}
 WRITERS = {  # one point of each callback
@@ -34,6 +36,17 @@ def test_turns():
     callback.setup(None, None, "fit")
     callback.finish_deferred()
     assert len(done) == 5
+
+
+@pytest.mark.parametrize("kind", [Deferring, PeakMemory, Layout])
+def test_a_save_after_an_exception_does_nothing_that_was_left(kind):
+    """It might be a collective, of which the rank that failed has another one next."""
+    done: list[str] = []
+    callback = kind()
+    callback.defer(lambda: done.append("of an interrupted run"))
+    callback.on_exception(None, None, RuntimeError())
+    callback.state_dict()
+    assert not done
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
+from step_costs import costs, is_on, kinds_of_steps
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader, Dataset
 
@@ -29,6 +30,7 @@ from mhf_lightning.callbacks.run_text import RunText
 from mhf_lightning.callbacks.throughput import PHASES, Throughput
 from mhf_lightning.checkpoint.strategy import MHFSingleDevice
 from mhf_lightning.model import DecoderConfig, FFNConfig
+from mhf_lightning.training.cli import TRAINER_DEFAULTS
 from mhf_lightning.training.module import PretrainModule
 from mhf_lightning.training.optimizer import ScheduleConfig
 
@@ -37,6 +39,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 ROOT = Path(__file__).parents[2]
+LOG_EVERY = 10
 SMALL = DecoderConfig(
     vocab_size=512, d_model=256, num_layers=2, ffn=FFNConfig("flash_mhf", num_heads=4, num_subnetworks=3, d_e=64)
 )
@@ -94,7 +97,7 @@ def fit(config: DecoderConfig, folder: Path, steps: int, callbacks: list[Callbac
     trainer = Trainer(
         **{"accelerator": "gpu", "devices": 1, "precision": "bf16-mixed", "max_steps": steps, "max_epochs": -1},
         **{"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False},
-        **{"limit_val_batches": 0, "log_every_n_steps": 10, "use_distributed_sampler": False, **options},
+        **{"limit_val_batches": 0, "log_every_n_steps": LOG_EVERY, "use_distributed_sampler": False, **options},
         strategy=MHFSingleDevice(torch.device("cuda", 0)),
         logger=TensorBoardLogger(str(folder), name="", version="", max_queue=1000),  # as `mhf fit` makes it
         callbacks=callbacks,
@@ -115,18 +118,15 @@ def scalars(folder: Path) -> dict[str, dict[int, float]]:
     return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 
 
-EVERY = 10  # steps between two at which Lightning logs
-LOOK_EVERY = 40
-WARM_UP = 45  # the first two looks too
+EVERY = 5  # steps between two at which Lightning logs, where the overhead is measured
+LOOK_EVERY = 100  # half of these steps are with callbacks: enough for the pictures, and as many without
+WARM_UP = 45  # the first look too
 HOOKS = [name for name in dir(Callback) if name.startswith("on_") and name != "on_exception"]
 ALWAYS = ("on_fit_start", "on_train_start", "on_train_end")
 
 
 class Switched(Callback):
-    """Passes hooks on to callbacks in some turns of ``EVERY`` steps only: on, off, off, on, and so on.
-
-    A turn has its logging step in the middle, and so also what a callback leaves for the step after it.
-    """
+    """Passes hooks on to callbacks in some turns of ``EVERY`` steps only."""
 
     def __init__(self, callbacks: list[Callback]) -> None:
         self.callbacks = callbacks
@@ -134,15 +134,10 @@ class Switched(Callback):
         for hook in HOOKS:
             setattr(self, hook, partial(self._pass_on, hook))
 
-    @staticmethod
-    def is_on(step: int) -> bool:
-        """Return whether the callbacks see what comes after a step."""
-        return (step + EVERY // 2) // EVERY % 4 in (0, 3)
-
     def _pass_on(self, hook: str, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         step = trainer.global_step
         ends = hook == "on_train_batch_end"
-        on = self.is_on(step - 1 if ends else step)
+        on = is_on(step - 1 if ends else step, EVERY)
         if on or hook in ALWAYS:
             for callback in self.callbacks:
                 getattr(callback, hook)(trainer, *args, **kwargs)
@@ -153,44 +148,33 @@ class Switched(Callback):
 
 
 def test_overhead_with_the_370m_model_is_below_one_percent(tmp_path):
-    """One fit in which the callbacks are on and off in turns, and the medians of steps of each kind.
+    """One fit in which the callbacks are on and off in turns; ``step_costs.py`` says what is compared.
 
-    What a step that logs, or looks at the routers, costs shows in its own time and in that of the step after it; both
-    are compared with steps without callbacks at the same place of a turn, since Lightning logs in them too. A look
-    counts as often as one comes at default settings. The figures go to the file that ``MHF_OVERHEAD_FILE`` names.
+    Steps are logged, and looks at the routers taken, more often than at default settings, and count as often as at
+    those. Without callbacks Lightning logs all the same. The figures go to the file that ``MHF_OVERHEAD_FILE`` names.
     """
     raw = yaml.safe_load((ROOT / "configs/paper/370m/flash_mhf_dh128.yaml").read_text())["model"]["decoder"]
     config = DecoderConfig(**{**raw, "ffn": FFNConfig(**raw["ffn"])})
     looks = RouterHealth(LOOK_EVERY)
     watch = Switched([looks if isinstance(callback, RouterHealth) else callback for callback in ours(tmp_path)])
-    fit(config, tmp_path, 420, [watch], shape=(8, 2048), compile=True)
+    fit(config, tmp_path, 420, [watch], shape=(8, 2048), compile=True, log_every_n_steps=EVERY)
     torch.cuda.synchronize()
     looked_at = {step + 1 for step in scalars(tmp_path)["router/entropy_token/mean"]}
+    kinds = kinds_of_steps([on for on, _ in watch.marks], looked_at, EVERY, config.num_layers)
     times: dict[str, list[float]] = defaultdict(list)
-    for step in range(WARM_UP, len(watch.marks) + 1):  # counted from 1, as Trainer.global_step
-        (_, begin), (on, end) = watch.marks[step - 2 : step]
-        kind = {0: "logging", 1: "after logging"}.get(step % EVERY, "other")
-        if step - step % EVERY in looked_at:
-            kind = kind.replace("logging", "look")
-        times[f"{kind}, {'on' if on else 'off'}"].append(begin.elapsed_time(end))
-    median = {kind: statistics.median(values) for kind, values in times.items()}
-    alone = (median["logging, off"] + median["after logging, off"] + (EVERY - 2) * median["other, off"]) / EVERY
-    ordinary = median["other, on"] - median["other, off"]
-    logging = sum(median[f"{kind}, on"] - median[f"{kind}, off"] for kind in ("logging", "after logging"))
-    look = sum(
-        median[f"{kind}, on"] - median[f"{kind.replace('look', 'logging')}, on"] for kind in ("look", "after look")
-    )
-    cost = ordinary * (EVERY - 2) / EVERY + logging / EVERY + look / MonitorConfig().router_every_n_steps
-    overhead = cost / alone
+    for step in range(WARM_UP, len(kinds)):  # and the next, from 0
+        times[kinds[step]].append(watch.marks[step - 1][1].elapsed_time(watch.marks[step][1]))
+    log_every, look_every = TRAINER_DEFAULTS["log_every_n_steps"], MonitorConfig().router_every_n_steps
+    cost = costs(times, log_every, look_every, config.num_layers)
     line = (
-        f"370M: {alone:.2f} ms a step alone; the callbacks add {ordinary:.2f} ms to one that logs nothing, "
-        f"{logging:.1f} ms to one that logs, {look:.0f} ms to a look at the routers: {overhead:+.2%}"
+        f"370M: {cost.alone:.2f} ms a step alone; the callbacks add {cost.ordinary:.2f} ms to one that logs nothing, "
+        f"{cost.logging:.1f} ms to one that logs, {cost.look:.0f} ms to a look at the routers: {cost.overhead:+.2%}"
     )
     print(line)
     if "MHF_OVERHEAD_FILE" in os.environ:
         about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "summary": line}
         Path(os.environ["MHF_OVERHEAD_FILE"]).write_text(json.dumps({**about, "ms": times}, indent=1) + "\n")
-    assert overhead < 0.01
+    assert cost.overhead < 0.01
 
 
 def test_no_step_waits_for_the_device_because_of_them(tmp_path):
@@ -224,7 +208,7 @@ def test_no_step_waits_for_the_device_because_of_them(tmp_path):
 
     alone = count([], tmp_path / "alone")
     watched = count(ours(tmp_path / "watched"), tmp_path / "watched")
-    steps = slice(EVERY - 2, EVERY + 7)
+    steps = slice(LOG_EVERY - 2, LOG_EVERY + 7)
     assert min(alone[steps]) > 0  # the training module's own, one a step: warnings are caught
     assert alone[steps] == watched[steps]
 
