@@ -207,10 +207,10 @@ def settings_to_try(trainer: Trainer, pl_module: PretrainModule) -> list[str]:
         smaller = next(n for n in range(size // 2, 0, -1) if size % n == 0)
         accumulate = trainer.accumulate_grad_batches * size // smaller
         settings.append(f"data.micro_batch_size {smaller} with trainer.accumulate_grad_batches {accumulate}")
-    stronger = {"none": "selective", "selective": "full"}.get(pl_module.activation_checkpointing)
-    if stronger is not None:
-        settings.append(f"model.activation_checkpointing {stronger}")
     ffn = pl_module.decoder.config.ffn
+    keeps_less = {"none": "selective", "selective": "ffn" if ffn.name == "flash_mhf" else "full", "ffn": "full"}
+    if pl_module.activation_checkpointing in keeps_less:
+        settings.append(f"model.activation_checkpointing {keeps_less[pl_module.activation_checkpointing]}")
     if ffn.name == "flash_mhf" and not ffn.recompute_queries:
         settings.append("model.decoder.ffn.recompute_queries true")
     settings += [

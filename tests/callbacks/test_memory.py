@@ -1,5 +1,6 @@
 """Peak memory by phase and over ranks, and what is said where memory runs out. The GPU's side is in tests/gpu."""
 
+import dataclasses
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from timed_run import CONFIG, train
 
 from mhf_lightning.callbacks import memory
 from mhf_lightning.callbacks.memory import GIB, PHASES, PeakMemory, over_ranks, settings_to_try
+from mhf_lightning.model import FFNConfig
 from mhf_lightning.training.module import PretrainModule
 
 
@@ -163,3 +165,18 @@ def test_settings_keep_the_global_batch_and_leave_out_what_is_set():
     assert len(settings) == 3
     trainer.datamodule.micro_batch_size = 1
     assert "fsdp2" in settings_to_try(trainer, module)[1]
+
+
+@pytest.mark.parametrize(
+    ("ffn", "mode", "advice"),
+    [
+        (CONFIG.ffn, "none", "selective"),
+        (CONFIG.ffn, "selective", "ffn"),
+        (CONFIG.ffn, "ffn", "full"),
+        (FFNConfig("swiglu", d_ff=48), "selective", "full"),
+    ],
+)
+def test_the_next_mode_of_checkpointing_keeps_less(ffn, mode, advice):
+    trainer = SimpleNamespace(datamodule=SimpleNamespace(micro_batch_size=1), accumulate_grad_batches=1)
+    module = PretrainModule(dataclasses.replace(CONFIG, ffn=ffn), activation_checkpointing=mode)
+    assert settings_to_try(trainer, module)[0] == f"model.activation_checkpointing {advice}"
