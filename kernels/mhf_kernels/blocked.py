@@ -33,7 +33,7 @@ BLOCK_ELEMENTS = {"cpu": 2**20}
 BLOCK_ELEMENTS_ELSEWHERE = 2**24
 
 
-def supports(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> str | None:
+def supports(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor | None) -> str | None:
     """Return None: every input that `flash_mhf` accepts runs here."""
     return None
 

@@ -11,7 +11,6 @@ import importlib
 import os
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 
@@ -23,8 +22,8 @@ class Backend(Protocol):
 
     name: str
 
-    def supports(self, q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> str | None:
-        """Return None where these inputs can run here, else the reason why not."""
+    def supports(self, q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor | None) -> str | None:
+        """Return None where these inputs can run here, else the reason why not; without r, one of a `Gate`."""
 
     def forward(self, q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> Tensor:
         """Return o `[B, L, H, d_h]`, contiguous, in the dtype of `q`."""
@@ -70,7 +69,7 @@ GATE_KERNELS = "mhf_kernels.triton_router"  # for both kinds of kernels
 PLAIN_GATE = "mhf_kernels.blocked_router"
 
 
-def select(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> Backend:
+def select(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor | None) -> Backend:
     """Return the backend for these inputs, as the environment variable `MHF_BACKEND` says (default `auto`).
 
     Raises:
@@ -103,16 +102,13 @@ def select_router(q: Tensor, router: Tensor) -> Gate:
 
 def routed_forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, router: Tensor) -> Tensor:
     """Return O: with the gate inside the kernel where the backend for these inputs does that, else from R in memory."""
-    batch, length, heads, _ = q.shape
-    # What the backend asks about r: where it would lie. No memory is taken for it.
-    r = torch.empty(heads, router.shape[2], batch, length, dtype=torch.float32, device="meta").permute(2, 3, 0, 1)
-    backend = select(q, k, u, v, r)
+    backend = select(q, k, u, v, None)
     routed = getattr(backend, "routed_forward", None)
     o = None if routed is None else routed(q, k, u, v, router)
     return backend.forward(q, k, u, v, select_router(q, router).forward(q, router)) if o is None else o
 
 
-def why_not(name: str, q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> str | None:
+def why_not(name: str, q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor | None) -> str | None:
     """Return None where the backend can run these inputs, else the reason why not."""
     try:
         backend = _load(name)

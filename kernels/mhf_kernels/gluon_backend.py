@@ -58,7 +58,7 @@ BLOCK_E = 32  # sub-networks that a forward with the router has room for
 _failure: list[str] = []  # why the kernels cannot be compiled here, once one could not
 
 
-def supports(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> str | None:
+def supports(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor | None) -> str | None:
     """Return None where these inputs can run here, else the reason why not."""
     return _device_refusal(q) or _layout_refusal(q, k, u, v, r)
 
@@ -73,7 +73,7 @@ def _device_refusal(q: Tensor) -> str | None:
     return _failure[0] if _failure else None
 
 
-def _layout_refusal(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> str | None:
+def _layout_refusal(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor | None) -> str | None:
     d_e, d_h = k.shape[2:]
     tokens = q.shape[0] * q.shape[1]
     programs = triton.cdiv(tokens, TOKENS) * q.shape[2] * k.shape[1]  # that can be had: a tile, a head, a sub-network
@@ -83,7 +83,7 @@ def _layout_refusal(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> st
         reason = f"need d_e to be a multiple of {ROWS}; it is {d_e}"
     elif not all(w.is_contiguous() and w.data_ptr() % 16 == 0 for w in (k, u, v)):
         reason = "need k, u and v to be contiguous"
-    elif not _is_matrix(q) or not _is_sequence(r):
+    elif not _is_matrix(q) or (r is not None and not _is_sequence(r)):
         reason = "need q [B, L, H, d_h] to have its heads behind one another, and q and r one distance between tokens"
     elif tokens <= TOKENS:
         reason = f"need more than {TOKENS} tokens, and there are {tokens}"

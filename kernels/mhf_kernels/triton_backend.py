@@ -40,7 +40,7 @@ class TileWarning(UserWarning):
     """A tile of the tuning table does not fit this GPU, and the default runs in its place."""
 
 
-def supports(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> str | None:
+def supports(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor | None) -> str | None:
     """Return None where these inputs can run here, else the reason why not."""
     refusal = None if INTERPRETED else device_refusal(q.device)
     if refusal is not None:
