@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -34,17 +33,8 @@ SECONDS, QUICK_SECONDS = 3.0, 0.3
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 COLUMNS = (
-    *(
-        "model",
-        "mode",
-        "fully_checkpointed_blocks",
-        "status",
-        "L",
-        "batch",
-        "num_layers",
-        "parameters",
-        "non_embedding",
-    ),
+    *("model", "mode", "fully_checkpointed_blocks", "status"),
+    *("L", "batch", "num_layers", "parameters", "non_embedding"),
     *("inference_ms", "inference_peak_mib", "step_ms", "tokens_per_s", "step_share", "training_peak_mib"),
     *("gemm_tflops", "device", "dtype", "torch", "triton"),
 )
@@ -381,13 +371,8 @@ def plot(csv_path: Path, png_path: Path) -> None:
         FileExistsError: The image exists.
         ImportError: matplotlib is not installed.
     """
-    with csv_path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        wanted = {"model", "mode", "L", "batch", *report.ABOUT, *PANELS}
-        missing = wanted - set(reader.fieldnames or ())  # older files lack others
-        if missing:
-            raise ValueError(f"{csv_path} is no model.csv of mhf bench model: it lacks {', '.join(sorted(missing))}")
-        rows = list(reader)
+    needed = {"model", "mode", "L", "batch", *report.ABOUT, *PANELS}
+    rows = report.read_rows(csv_path, needed, "model.csv of mhf bench model")
     panels = {name: title for name, title in PANELS.items() if any(row[name] != report.NOT_MEASURED for row in rows)}
     if not panels:
         raise ValueError(f"{csv_path} holds no measured row")

@@ -11,20 +11,8 @@ from typing import Any
 Row = dict[str, Any]
 
 LAYER_COLUMNS = (
-    *(
-        "peer",
-        "status",
-        "in_block",
-        "batch",
-        "L",
-        "tokens",
-        "d_model",
-        "d_h",
-        "num_heads",
-        "num_subnetworks",
-        "d_e",
-        "d_ff",
-    ),
+    *("peer", "status", "in_block"),
+    *("batch", "L", "tokens", "d_model", "d_h", "num_heads", "num_subnetworks", "d_e", "d_ff"),
     *("parameters", "backend", "forward_ms", "backward_ms", "forward_backward_ms"),
     *("forward_share", "backward_share", "forward_backward_share"),
     *("inference_peak_mib", "training_peak_mib", "kept_mib", "kept_and_output_mib"),
@@ -138,6 +126,20 @@ def _cell(name: str, value: Any) -> str:
     return f"{value:,}" if name == "parameters" else str(value)
 
 
+def read_rows(path: Path, needed: set[str], what: str) -> list[dict[str, str]]:
+    """Return the rows of a benchmark's CSV file, which may be older than this code and lack what is not needed.
+
+    Raises:
+        ValueError: It is not what it should be: a column that is needed is missing.
+    """
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        missing = needed - set(reader.fieldnames or ())
+        if missing:
+            raise ValueError(f"{path} is no {what}: it lacks {', '.join(sorted(missing))}")
+        return list(reader)
+
+
 def plot(csv_path: Path, png_path: Path) -> None:
     """Draw a layer CSV: a row of panels for each axis that varies, or bars where there is one point only.
 
@@ -146,12 +148,8 @@ def plot(csv_path: Path, png_path: Path) -> None:
         FileExistsError: the image exists.
         ImportError: matplotlib is not installed.
     """
-    with csv_path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        missing = {"peer", "batch", *ABOUT, *AXES, *PANELS} - set(reader.fieldnames or ())  # older files lack others
-        if missing:
-            raise ValueError(f"{csv_path} is no layer.csv of mhf bench layer: it lacks {', '.join(sorted(missing))}")
-        rows = [_parsed(row) for row in reader]
+    needed = {"peer", "batch", *ABOUT, *AXES, *PANELS}
+    rows = [_parsed(row) for row in read_rows(csv_path, needed, "layer.csv of mhf bench layer")]
     panels = {name: title for name, title in PANELS.items() if any(name in row for row in rows)}
     if not panels:
         raise ValueError(f"{csv_path} holds no measured row")

@@ -54,8 +54,8 @@ class Layout(Deferring):
     """Groups the charts, writes ``tokens/*``, and fills the tab of hyperparameters; on rank 0, and only TensorBoard's.
 
     The curves against tokens are event files of their own, in a folder below the logger's: TensorBoard drops all points
-    of a file whose step is above that of a resume, and takes tokens for steps.
-    A logging step costs one point more, which is deferred.
+    of a file whose step is above that of a resume, and takes tokens for steps. A logging step costs one point more,
+    which is deferred.
     """
 
     def __init__(self) -> None:

@@ -96,21 +96,24 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
     norms = {id(p) for m in model.modules() if "RMSNorm" in type(m).__name__ for p in m.parameters(recurse=False)}
     decayed: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            (rest if id(parameter) in norms or parameter.ndim < 2 else decayed).append(parameter)
+    routers: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if id(parameter) in norms or parameter.ndim < 2:
+            rest.append(parameter)
+        elif config.router_lr_scale != 1.0 and name.split(".")[-1] == "router":
+            routers.append(parameter)
+        else:
+            decayed.append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     if config.router_lr_scale != 1.0:
-        routers = [p for name, p in model.named_parameters() if p.requires_grad and name.split(".")[-1] == "router"]
         if not routers:
             raise ValueError(
                 "optimizer.router_lr_scale is for models with routers, and this one has none; leave it out"
             )
-        mine = {id(p) for p in routers}
-        groups[0]["params"] = [p for p in decayed if id(p) not in mine]
-        groups.append(
-            {"params": routers, "weight_decay": config.weight_decay, "lr": config.lr * config.router_lr_scale}
-        )
+        lr = config.lr * config.router_lr_scale
+        groups.append({"params": routers, "weight_decay": config.weight_decay, "lr": lr})
     return groups
 
 
