@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhf_lightning.model.attention import CausalAttention, ExtendCache, document_mask
-from mhf_lightning.model.checkpointing import ActivationCheckpointing, checkpointed
+from mhf_lightning.model.checkpointing import ActivationCheckpointing, check_mode, checkpointed
 from mhf_lightning.model.config import DecoderConfig
 from mhf_lightning.model.ffn import build_ffn
 from mhf_lightning.model.loss import LossSums, linear_cross_entropy_sums
@@ -79,7 +79,17 @@ class Decoder(nn.Module):
             self.reset_parameters()
 
     def set_activation_checkpointing(self, mode: ActivationCheckpointing, fully_checkpointed_blocks: int = 0) -> None:
-        """Say what blocks keep for the backward: so many of the first ones their input only, the others as ``mode``."""
+        """Say what blocks keep for the backward: so many of the first ones their input only, the others as ``mode``.
+
+        Raises:
+            ValueError: The mode is unknown, or there are not so many blocks.
+        """
+        check_mode(mode)
+        if not 0 <= fully_checkpointed_blocks <= len(self.blocks):
+            raise ValueError(
+                f"fully_checkpointed_blocks is {fully_checkpointed_blocks}; it must be from 0 to the model's "
+                f"{len(self.blocks)} blocks"
+            )
         for i, block in enumerate(self.blocks):
             assert isinstance(block, Block)
             block.activation_checkpointing = "full" if i < fully_checkpointed_blocks else mode

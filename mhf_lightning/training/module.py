@@ -16,7 +16,7 @@ from mhf_lightning.callbacks.exact_resume import ExactResume
 from mhf_lightning.checkpoint.files import TensorFile
 from mhf_lightning.metrics import TokenPerplexity
 from mhf_lightning.model import Decoder, DecoderConfig
-from mhf_lightning.model.checkpointing import ActivationCheckpointing, check_mode
+from mhf_lightning.model.checkpointing import ActivationCheckpointing
 from mhf_lightning.model.loss import LossSums
 from mhf_lightning.model.parallel import broadcast_weights, shard, split_heads
 from mhf_lightning.training.gradients import Gradients, ParameterGradients, ZeroGradients
@@ -75,13 +75,8 @@ class PretrainModule(LightningModule):
             raise ValueError(f"z_loss is {z_loss}; it must be 0 or more")
         if max_skipped_steps < 0:
             raise ValueError(f"max_skipped_steps is {max_skipped_steps}; it must be 0 or more")
-        check_mode(activation_checkpointing)
-        if not 0 <= fully_checkpointed_blocks <= decoder.num_layers:
-            raise ValueError(
-                f"fully_checkpointed_blocks is {fully_checkpointed_blocks}; it must be from 0 to the model's "
-                f"{decoder.num_layers} blocks"
-            )
         self.decoder = Decoder(decoder)
+        self.decoder.set_activation_checkpointing(activation_checkpointing, fully_checkpointed_blocks)
         self.optimizer_config = optimizer
         self.schedule_config = schedule
         self.z_loss = z_loss
@@ -139,7 +134,6 @@ class PretrainModule(LightningModule):
         if mesh is not None:
             broadcast_weights(self.decoder, self.trainer.strategy.root_device)
             split_heads(self.decoder, mesh["tensor_parallel"])
-        self.decoder.set_activation_checkpointing(self.activation_checkpointing, self.fully_checkpointed_blocks)
         for block in self.decoder.blocks:
             if self.compile_blocks:
                 block.compile(fullgraph=True)
