@@ -1,4 +1,4 @@
-"""The result of the comparison, from event files alone: a table of variants, one of runs, and curves."""
+"""The result of the comparison, from event files alone: tables of variants, seeds and runs, and pictures."""
 
 from __future__ import annotations
 
@@ -26,9 +26,23 @@ from mhf_lightning.report.results import at_steps
 BASELINE = "swiglu"
 COLUMNS = f"""\
 Every variant is at the learning rate of its lowest loss at the seed that all its learning rates have. Its figures are
-means over the runs of that rate, ± their standard deviation; "- {BASELINE}": of the differences at equal seeds.
-Parameters are without embeddings; tokens/s, MFU and seconds without compilation, validation and checkpoints."""
+means over the runs of that rate. "±" is the standard deviation between seeds (of a sample, n - 1), not the error of
+the mean; a loss without it is of one seed. "- {BASELINE}": differences at equal seeds. "seconds to {BASELINE}" and
+"FLOPs to {BASELINE}": what it took to reach the last loss of {BASELINE}, at equal seeds, over all that {BASELINE} took;
+straight lines between validations, "-" where it was not reached. Parameters are without embeddings; tokens/s, MFU and
+seconds without compilation, validation and checkpoints."""
+SEEDS = f"""\
+Validation loss at every learning rate with several seeds, and differences to {BASELINE} at equal rate and seed:"""
+COMMAND = "Every run was started, by `mhf evidence run`, with this command; the whole ones are in `results.csv`:"
 AXES = {"tokens": "tokens", "seconds": "seconds of training", "flops": "FLOPs of the model"}
+# Curves begin at half of the tokens. Before, all variants fall by several nats, and what is between them, a tenth of a
+# nat, would be the width of a line.
+DRAWN_FROM = 0.5
+# Pictures reach from the lowest loss to so many times as far as the highest losses of the variants go in the median:
+# one that diverges leaves the picture and does not squeeze the others.
+DRAWN_TO = 1.5
+# What differs from run to run, or from machine to machine, in the command of `mhf evidence run`.
+COMMAND_PARTS = {"run_dir": "RUN", "data.path": "DATA", "model.optimizer.lr": "LR", "seed_everything": "SEED"}
 
 
 @dataclass(frozen=True)
@@ -85,12 +99,31 @@ class Summary:
     """A variant at its best learning rate, that of the lowest loss of the seed that all its learning rates have.
 
     Attributes:
-        runs: Of that learning rate.
-        learning_rates: All that were tried.
+        sweep: Runs by learning rate, in order of rates and seeds.
     """
 
-    runs: list[EvidenceRun]
-    learning_rates: list[float]
+    sweep: dict[float, list[EvidenceRun]]
+
+    @property
+    def compared(self) -> dict[float, EvidenceRun]:
+        """The runs by which learning rates are compared: of the smallest seed that all have, else each rate's best."""
+        common = set.intersection(*({run.seed for run in runs} for runs in self.sweep.values()))
+        seed = min(common, default=None)
+        return {
+            lr: min((run for run in runs if seed in (None, run.seed)), key=lambda run: _finite_first(run.loss))
+            for lr, runs in self.sweep.items()
+        }
+
+    @property
+    def runs(self) -> list[EvidenceRun]:
+        """Those of the best learning rate."""
+        best = min(self.compared.values(), key=lambda run: _finite_first(run.loss))
+        return self.sweep[best.lr]
+
+    @property
+    def learning_rates(self) -> list[float]:
+        """All that were tried."""
+        return list(self.sweep)
 
     @property
     def loss(self) -> float:
@@ -99,8 +132,29 @@ class Summary:
 
     def minus(self, other: Summary) -> list[float]:
         """Return the differences of the losses, one for each seed that both have."""
-        theirs = {run.seed: run.loss for run in other.runs}
-        return [run.loss - theirs[run.seed] for run in self.runs if run.seed in theirs]
+        return list(differences(self.runs, other.runs).values())
+
+    def to_reach(self, other: Summary, axis: str) -> float | None:
+        """Return how much of an axis it took to the last loss of another variant, over all that the other one took.
+
+        Both are means over the seeds that both have. None where there is no such seed, or the loss was not reached.
+        """
+        seeds = {run.seed for run in self.runs} & {run.seed for run in other.runs}
+        if not seeds:
+            return None
+        x, y = (self.curve(key, seeds) for key in (axis, "loss"))
+        their_x, their_y = (other.curve(key, seeds) for key in (axis, "loss"))
+        reached = np.flatnonzero(y <= their_y[-1])
+        if not reached.size:
+            return None
+        first = reached[0]
+        around = [first, max(first - 1, 0)]
+        return float(np.interp(their_y[-1], y[around], x[around]) / their_x[-1])
+
+    def curve(self, key: str, seeds: set[int] | None = None) -> np.ndarray:
+        """Return the mean of a curve over its runs, or over those of some seeds."""
+        mean: np.ndarray = np.mean([run.curve[key] for run in self.runs if seeds is None or run.seed in seeds], axis=0)
+        return mean
 
     @property
     def bracketed(self) -> bool:
@@ -193,31 +247,36 @@ def count(decoder: dict[str, Any]) -> int:
 
 
 def summarise(runs: list[EvidenceRun]) -> dict[str, dict[str, Summary]]:
-    """Return the summaries of finished runs by size and variant, the lowest loss first; what diverged is last.
+    """Return the summaries of finished runs by size and variant: small models and low losses first, what diverged last.
 
     Raises:
         ValueError: Runs of a size are of different lengths.
     """
-    by_variant: dict[tuple[str, str], list[EvidenceRun]] = defaultdict(list)
-    for run in runs:
-        if run.finished:
-            by_variant[run.size, run.variant].append(run)
-    sizes: dict[str, dict[str, Summary]] = defaultdict(dict)
-    for size in {size for size, _ in by_variant}:
-        lengths = sorted({run.steps for run in runs if run.finished and run.size == size})
+    sweeps: dict[str, dict[str, dict[float, list[EvidenceRun]]]] = defaultdict(
+        lambda: defaultdict(lambda: defaultdict(list))
+    )
+    finished = [run for run in runs if run.finished]
+    for run in sorted(finished, key=lambda run: (run.parameters, run.variant, run.lr, run.seed)):
+        sweeps[run.size][run.variant][run.lr].append(run)
+    for size in sweeps:
+        lengths = sorted({run.steps for run in finished if run.size == size})
         if len(lengths) > 1:
             raise ValueError(f"the runs of {size} are of {lengths} steps; give those of one length")
-    for (size, variant), group in by_variant.items():
-        rates = sorted({run.lr for run in group})
-        seeds = [{run.seed for run in group if run.lr == lr} for lr in rates]
-        common = set.intersection(*seeds)
-        compared = [run for run in group if run.seed == min(common, default=None)] or group
-        best = min(compared, key=lambda run: _finite_first(run.loss)).lr
-        sizes[size][variant] = Summary([run for run in group if run.lr == best], rates)
     return {
-        size: dict(sorted(variants.items(), key=lambda item: _finite_first(item[1].loss)))
-        for size, variants in sizes.items()
+        size: dict(
+            sorted(
+                ((variant, Summary(dict(sweep))) for variant, sweep in variants.items()),
+                key=lambda item: _finite_first(item[1].loss),
+            )
+        )
+        for size, variants in sweeps.items()
     }
+
+
+def differences(runs: list[EvidenceRun], others: list[EvidenceRun]) -> dict[int, float]:
+    """Return by how much the losses are above those of other runs, by the seeds that both have."""
+    theirs = {run.seed: run.loss for run in others}
+    return {run.seed: run.loss - theirs[run.seed] for run in runs if run.seed in theirs}
 
 
 def _finite_first(loss: float) -> float:
@@ -232,6 +291,7 @@ def summary_table(variants: dict[str, Summary]) -> str:
         tried = ", ".join(f"{lr:g}" for lr in summary.learning_rates)
         edge = "" if summary.bracketed else ", not bracketed"
         mfus = [run.mfu for run in runs if run.mfu is not None]
+        base = variants.get(BASELINE)
         rows.append(
             {
                 "variant": variant,
@@ -239,13 +299,15 @@ def summary_table(variants: dict[str, Summary]) -> str:
                 "lr (tried)": f"{runs[0].lr:g} ({tried}{edge})",
                 "seeds": ", ".join(f"{run.seed}" for run in runs),
                 "validation loss": _spread([run.loss for run in runs], ".4f"),
-                f"- {BASELINE}": _spread(summary.minus(variants[BASELINE]), "+.4f") if BASELINE in variants else None,
+                f"- {BASELINE}": _spread(summary.minus(base), "+.4f") if base else None,
                 "perplexity": _spread([run.perplexity for run in runs], ".3f"),
                 "tokens/s": _mean([run.tokens_per_s for run in runs], ",.0f"),
                 "MFU": _mean(mfus, ".1%"),
                 "peak GiB": _mean([run.peak_gib for run in runs], ".2f"),
                 "seconds": _mean([run.seconds for run in runs], ".0f"),
+                f"seconds to {BASELINE}": _ratio(summary.to_reach(base, "seconds")) if base else None,
                 "FLOPs": _mean([run.flops for run in runs], ".3g"),
+                f"FLOPs to {BASELINE}": _ratio(summary.to_reach(base, "flops")) if base else None,
                 "GPU": ", ".join(sorted({run.gpu for run in runs})),
                 "commit": ", ".join(sorted({run.commit for run in runs})),
             }
@@ -253,19 +315,58 @@ def summary_table(variants: dict[str, Summary]) -> str:
     return markdown({name: name for name in rows[0]}, rows)
 
 
+def seed_table(variants: dict[str, Summary]) -> str:
+    """Return the losses of a size by seed, of the learning rates with several seeds; empty where there are none."""
+    rows: list[Row] = []
+    base = variants[BASELINE].sweep if BASELINE in variants else {}
+
+    def add(name: str, lr: float, losses: dict[int, float], form: str) -> None:
+        by_seed = {f"seed {seed}": format(loss, form) for seed, loss in losses.items()}
+        rows.append({"variant": name, "lr": f"{lr:g}", **by_seed, "mean": _spread(list(losses.values()), form)})
+
+    for variant, summary in variants.items():
+        for lr, runs in summary.sweep.items():
+            if len(runs) > 1:
+                add(variant, lr, {run.seed: run.loss for run in runs}, ".4f")
+                if variant != BASELINE and (minus := differences(runs, base.get(lr, []))):
+                    add(f"{variant} - {BASELINE}", lr, minus, "+.4f")
+    if not rows:
+        return ""
+    seeds = sorted({name for row in rows for name in row if name.startswith("seed ")}, key=lambda name: int(name[5:]))
+    return markdown({name: name for name in ("variant", "lr", *seeds, "mean")}, rows)
+
+
+def pattern(run: EvidenceRun) -> str:
+    """Return the command of a run with names in place of what ``COMMAND_PARTS`` and its model file say."""
+    command = re.sub(rf"/{re.escape(run.size)}/(recipe|{re.escape(run.variant)})\.yaml", _config_name, run.command)
+    for flag, name in COMMAND_PARTS.items():
+        command = re.sub(rf"(?<=--{re.escape(flag)} )\S+", name, command)
+    return command
+
+
+def _config_name(found: re.Match[str]) -> str:
+    return "/SIZE/recipe.yaml" if found[1] == "recipe" else "/SIZE/VARIANT.yaml"
+
+
 def run_table(runs: list[EvidenceRun]) -> str:
-    """Return one Markdown line for each run."""
+    """Return one Markdown line for each run, below the command of all; without such a one each line has its own."""
+    patterns = {pattern(run) for run in runs}
     rows: list[Row] = [
         {
             **{"size": run.size, "variant": run.variant, "lr": f"{run.lr:g}", "seed": run.seed},
             "steps": f"{run.steps}" + ("" if run.finished else " (cut)"),
             **{"validation loss": f"{run.loss:.4f}", "perplexity": f"{run.perplexity:.3f}"},
             **{"tokens/s": f"{run.tokens_per_s:,.0f}", "GPU": run.gpu, "commit": run.commit},
-            "command": f"`{run.command}`",
+            **({"command": f"`{run.command}`"} if len(patterns) > 1 else {}),
         }
         for run in runs
     ]
-    return markdown({name: name for name in rows[0]}, rows)
+    above = f"{COMMAND}\n\n```\n{patterns.pop()}\n```\n\n" if len(patterns) == 1 else ""
+    return above + markdown({name: name for name in rows[0]}, rows)
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _mean(values: list[float], form: str) -> str:
@@ -278,27 +379,85 @@ def _spread(values: list[float], form: str) -> str:
 
 
 def draw(variants: dict[str, Summary], path: Path) -> None:
-    """Draw validation loss, mean over seeds, against tokens, seconds and FLOPs.
+    """Draw validation loss, mean over seeds, against tokens, seconds and FLOPs; from ``DRAWN_FROM`` of them on.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 5), layout="constrained")
+    figure = Figure(figsize=(16, 6), layout="constrained")
+    lines = []
     for axes, (axis, label) in zip(figure.subplots(1, len(AXES), sharey=True), AXES.items(), strict=True):
-        for variant, summary in variants.items():
-            x, y = (np.mean([run.curve[key] for run in summary.runs], axis=0) for key in (axis, "loss"))
-            axes.plot(x, y, marker=".", label=f"{variant}, {summary.loss:.3f}")
+        for (variant, summary), style in zip(variants.items(), _styles(variants), strict=True):
+            x, y, tokens = (summary.curve(key) for key in (axis, "loss", "tokens"))
+            late = tokens >= DRAWN_FROM * tokens[-1]
+            axes.plot(x[late], y[late], marker=".", label=f"{variant}, {summary.loss:.3f}", **style)
+            lines.append(y[late])
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("validation loss (nats a token)")
+    figure.axes[0].set_ylim(*_limits(lines))
     figure.axes[-1].legend(fontsize="small")
     figure.savefig(path, dpi=110)
 
 
+def draw_learning_rates(variants: dict[str, Summary], path: Path) -> None:
+    """Draw validation loss against learning rate: a line through ``Summary.compared``, small points for other seeds.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    axes = figure.subplots()
+    lines = []
+    for (variant, summary), style in zip(variants.items(), _styles(variants), strict=True):
+        compared = summary.compared
+        losses = [run.loss for run in compared.values()]
+        axes.plot(summary.learning_rates, losses, marker="o", label=variant, **style)
+        lines.append(losses)
+        others = [run for runs in summary.sweep.values() for run in runs if run.seed != compared[run.lr].seed]
+        axes.scatter([run.lr for run in others], [run.loss for run in others], s=14, color=style["color"])
+    rates = sorted({lr for summary in variants.values() for lr in summary.learning_rates})
+    axes.set_xscale("log")
+    axes.set_xticks(rates, labels=[f"{lr:g}" for lr in rates])
+    axes.minorticks_off()
+    axes.set_ylim(*_limits(lines))
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("validation loss (nats a token)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+def _styles(variants: Iterable[str]) -> list[dict[str, Any]]:
+    """Return how the line of each variant looks: ten colours, then dashed ones; the baseline black."""
+    others = [name for name in variants if name != BASELINE]
+    return [
+        {"color": "black", "linewidth": 2.0}
+        if name == BASELINE
+        else {"color": f"C{others.index(name) % 10}", "linestyle": "-" if others.index(name) < 10 else "--"}
+        for name in variants
+    ]
+
+
+def _limits(lines: Iterable[Iterable[float]]) -> tuple[float, float]:
+    """Return the lowest and highest loss of a picture, with a margin below; see ``DRAWN_TO``."""
+    finite = [line for line in (np.array([y for y in line if math.isfinite(y)]) for line in lines) if line.size]
+    if not finite:
+        return 0.0, 1.0
+    lowest, highest = min(line.min() for line in finite), max(line.max() for line in finite)
+    top = lowest + DRAWN_TO * (statistics.median(line.max() for line in finite) - lowest)
+    margin = 0.04 * max(top - lowest, 0.01)
+    return float(lowest - margin), float(min(highest + margin, top))
+
+
 def write(inputs: list[Path], out: Path) -> None:
-    """Write ``results.md``, ``results.csv`` and a picture for each size, and one for each variant's ablations.
+    """Write ``results.md``, ``results.csv`` and pictures; the same bytes for the same runs, pictures aside.
+
+    Of each size: curves of its variants, of each variant with its ablations, and loss against learning rate.
 
     Raises:
         ValueError: The inputs hold no comparable runs.
@@ -311,24 +470,37 @@ def write(inputs: list[Path], out: Path) -> None:
     with (out / "results.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
-        writer.writerows([getattr(run, column) for column in columns] for run in runs)
+        for run in runs:
+            values = [getattr(run, column) for column in columns]
+            # The event files hold 7 digits; further ones are those of a machine's arithmetic.
+            writer.writerow([f"{value:.8g}" if isinstance(value, float) else value for value in values])
     parts = [f"Made by `mhf evidence table` from the event files of {len(runs)} runs.", COLUMNS]
     for size, variants in sizes.items():
         parts += [f"## {size}", summary_table(variants)]
+        if by_seed := seed_table(variants):
+            parts += [SEEDS, by_seed]
         for base, group in pictures(variants).items():
             name = f"{size}.png" if base is None else f"{size}-{base}.png"
             draw(group, out / name)
             parts.append(f"![validation loss{f' of {base} and its ablations' if base else ''} at {size}]({name})")
+        if swept := {name: summary for name, summary in variants.items() if len(summary.sweep) > 1}:
+            name = f"{size}-learning-rates.png"
+            draw_learning_rates(swept, out / name)
+            parts.append(f"![validation loss against learning rate at {size}]({name})")
     parts += ["## Runs", run_table(runs)]
     (out / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def pictures(variants: dict[str, Summary]) -> dict[str | None, dict[str, Summary]]:
-    """Return what is drawn together: the variants under None, and a variant with its ablations, named after it."""
+    """Return what is drawn together: the variants under None, and a variant with its ablations, named after it.
+
+    The baseline is in all of them.
+    """
     base_of = {name: next((b for b in variants if name.startswith(f"{b}_")), None) for name in variants}
     groups: dict[str | None, dict[str, Summary]] = defaultdict(dict)
     for name, summary in variants.items():
         groups[base_of[name]][name] = summary
     for base in sorted(base for base in groups if base is not None):
-        groups[base] = {base: variants[base], **groups.pop(base)}
+        baseline = {BASELINE: variants[BASELINE]} if BASELINE in variants else {}
+        groups[base] = {base: variants[base], **baseline, **groups.pop(base)}
     return dict(groups)

@@ -10,7 +10,7 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 from mhf_lightning.cli import main
-from mhf_lightning.evidence.table import read_runs, summarise, summary_table, write
+from mhf_lightning.evidence.table import read_runs, seed_table, summarise, summary_table, write
 from mhf_lightning.model import DecoderConfig, FFNConfig
 
 DECODER = DecoderConfig(
@@ -20,7 +20,7 @@ NON_EMBEDDING = 4 * 16 * 16 + 3 * 16 * 8 + 3 * 16
 TOKENS_PER_STEP, FLOPS_PER_TOKEN = 1000, 50
 
 
-def make_run(runs, variant, lr, losses, seed=1, rate=500.0, size="small", dataset="d1", max_steps=40):
+def make_run(runs, variant, lr, losses, seed=1, rate=500.0, size="small", dataset="d1", max_steps=40, more=""):
     """Validation every 10 steps, points every 5."""
     folder = runs / size / variant / f"lr{lr}-seed{seed}"
     config = {
@@ -29,7 +29,8 @@ def make_run(runs, variant, lr, losses, seed=1, rate=500.0, size="small", datase
         "model": {"decoder": DECODER.to_dict(), "optimizer": {"lr": lr}},
     }
     command = (
-        f"mhf fit --config configs/evidence/{size}/recipe.yaml --config configs/evidence/{size}/{variant}.yaml --x y"
+        f"mhf fit --config configs/evidence/{size}/recipe.yaml --config configs/evidence/{size}/{variant}.yaml "
+        f"--run_dir {folder} --data.path d --model.optimizer.lr {lr} --seed_everything {seed} --ckpt_path auto{more}"
     )
     variables = {"MHF_COMMAND": command, "MHF_COMMIT": "abc", "MHF_DATASET": dataset, "gpu": "1 x NVIDIA H100"}
     with SummaryWriter(str(folder / "tensorboard")) as writer:
@@ -98,13 +99,63 @@ def test_the_command_writes_tables_and_pictures(runs, tmp_path):
     rates = "0.002 (0.001, 0.002, 0.004)"
     assert f"| swiglu | 1,456 | {rates} | 1, 2 | 2.5000 ± {deviation} | +0.0000 ± 0.0000 |" in text
     assert "| flash_mhf | 1,456 | 0.002 (0.002, not bracketed) | 1 | 1.7500 | -0.5000 | 3.500 | 500 | 25.0% |" in text
-    assert "| 25.0% | 1.62 | 80 | 2e+06 | NVIDIA H100 | abc |" in text
-    assert "| small | flash_mhf | 0.004 | 1 | 30 (cut) | 2.0000 | 4.000 | 500 | NVIDIA H100 | abc | `mhf fit" in text
+    assert "| 25.0% | 1.62 | 80 | 0.69 | 2e+06 | 0.69 | NVIDIA H100 | abc |" in text
+    assert "| small | flash_mhf | 0.004 | 1 | 30 (cut) | 2.0000 | 4.000 | 500 | NVIDIA H100 | abc |\n" in text
+    assert (
+        "```\nmhf fit --config configs/evidence/SIZE/recipe.yaml --config configs/evidence/SIZE/VARIANT.yaml "
+        "--run_dir RUN --data.path DATA --model.optimizer.lr LR --seed_everything SEED --ckpt_path auto\n```"
+    ) in text
     with (tmp_path / "out/results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 7
     assert {row["gpu"] for row in rows} == {"NVIDIA H100"}
-    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["small-swiglu.png", "small.png"]
+    assert rows[0]["command"].endswith("--data.path d --model.optimizer.lr 0.002 --seed_everything 1 --ckpt_path auto")
+    pictures = ["small-learning-rates.png", "small-swiglu.png", "small.png"]
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == pictures
+
+
+def test_commands_that_differ_in_more_stand_with_their_runs(runs, tmp_path):
+    make_run(runs, "pkv", 0.002, [4, 3, 2, 1], more=" --trainer.precision 32-true")
+    write([runs], tmp_path / "out")
+    text = (tmp_path / "out/results.md").read_text()
+    assert "--trainer.precision 32-true` |" in text
+    assert "SEED" not in text
+
+
+def test_what_it_took_to_the_loss_of_the_baseline(runs):
+    """That of seed 1 ends at 2.25 after 40,000 tokens, of which this variant needs 27,500, at half the speed."""
+    make_run(runs, "pkv", 0.002, [4, 3, 2, 1.75], rate=250.0)
+    make_run(runs, "mh_ffn", 0.002, [2, 2, 2, 2])
+    make_run(runs, "dense_moe", 0.002, [4, 3, 3, 2.5])
+    make_run(runs, "gated_swiglu", 0.002, [4, 3, 2, 1], seed=7)  # no common seed
+    summaries = summarise(read_runs([runs]))["small"]
+    base = summaries["swiglu"]
+    reached = {
+        name: (summary.to_reach(base, "flops"), summary.to_reach(base, "seconds"))
+        for name, summary in summaries.items()
+    }
+    assert reached["pkv"] == pytest.approx((27.5 / 40, 2 * 27.5 / 40))
+    assert reached["mh_ffn"] == pytest.approx((0.25, 0.25))  # at its first validation
+    assert reached["dense_moe"] == reached["gated_swiglu"] == (None, None)
+    assert reached["swiglu"] == (0.75, 0.75)  # the mean of its seeds does not fall from the third validation on
+    assert "| - | 2e+06 | - |" in re.sub(" +", " ", summary_table(summaries))
+
+
+def test_losses_by_seed_where_there_are_several(runs):
+    """Also of a rate that one seed finds worse than another rate, which has that seed alone."""
+    for seed, loss in ((2, 2.5), (3, 9.0)):
+        make_run(runs, "flash_mhf", 0.002, [4, 3, 2, loss], seed=seed)
+    make_run(runs, "flash_mhf", 0.003, [4, 3, 2, 1.5])
+    summaries = summarise(read_runs([runs]))["small"]
+    assert [(run.lr, run.seed) for run in summaries["flash_mhf"].runs] == [(0.003, 1)]
+    assert summaries["flash_mhf"].minus(summaries["swiglu"]) == [1.5 - 2.25]
+    text = re.sub(" +", " ", seed_table(summaries))
+    means = f"{statistics.fmean([1.75, 2.5, 9]):.4f} ± {statistics.stdev([1.75, 2.5, 9]):.4f}"
+    assert "| variant | lr | seed 1 | seed 2 | seed 3 | mean |" in text
+    assert f"| flash_mhf | 0.002 | 1.7500 | 2.5000 | 9.0000 | {means} |" in text
+    assert "| flash_mhf - swiglu | 0.002 | -0.5000 | -0.2500 | n/a | -0.3750 ± 0.1768 |" in text
+    assert "| swiglu | 0.002 | 2.2500 | 2.7500 | n/a | 2.5000 ± 0.3536 |" in text
+    assert text.count("\n") == 4
 
 
 def test_of_the_same_run_the_one_begun_last_counts(runs, tmp_path):
@@ -130,6 +181,9 @@ def test_a_variant_that_diverges_is_a_line(runs):
     for seed in (1, 2):
         make_run(runs, "pkv", 0.002, [4, 3, 3, float("nan")], seed=seed)
     assert "| 1, 2 | nan | +nan | nan |" in re.sub(" +", " ", summary_table(summarise(read_runs([runs]))["small"]))
+    for lr in (0.002, 0.004):
+        make_run(runs, "dense_moe", lr, [float("nan")] * 4)
+    write([runs], runs.parent / "out")
 
 
 def test_what_does_not_compare_is_refused(runs, tmp_path):
