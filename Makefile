@@ -8,7 +8,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: train test test-fast test-faults check sizes clean
+.PHONY: train test test-fast test-faults check sizes evidence clean
 
 train: $(READY)
 	$(VENV)/bin/mhf data prepare --config configs/quickstart_data.yaml
@@ -31,6 +31,9 @@ check: $(READY)
 
 sizes: $(READY)
 	$(VENV)/bin/python configs/size_table.py > configs/paper/SIZES.md
+
+evidence: $(READY)
+	$(VENV)/bin/mhf evidence table configs/evidence/events/*.tar.gz --out docs/evidence
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 10) <= sys.version_info[:2] <= (3, 13) else "Python 3.10 to 3.13 is needed; set PYTHON=python3.12 or the like")'

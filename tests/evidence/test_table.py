@@ -3,7 +3,9 @@
 import csv
 import re
 import statistics
+import subprocess
 import tarfile
+from pathlib import Path
 
 import pytest
 import yaml
@@ -13,6 +15,7 @@ from mhf_lightning.cli import main
 from mhf_lightning.evidence.table import read_runs, seed_table, summarise, summary_table, write
 from mhf_lightning.model import DecoderConfig, FFNConfig
 
+ROOT = Path(__file__).parents[2]
 DECODER = DecoderConfig(
     vocab_size=300, d_model=16, num_layers=1, num_attention_heads=2, ffn=FFNConfig("swiglu", d_ff=8)
 )
@@ -199,3 +202,21 @@ def test_what_does_not_compare_is_refused(runs, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no run"):
         read_runs([tmp_path / "empty"])
+
+
+def test_the_result_in_the_repository_is_that_of_its_event_files(tmp_path):
+    """All of it but the pixels, so that no figure is typed or stale; the figures of its README are in it."""
+    made = subprocess.run(["make", "-n", "evidence"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "mhf evidence table configs/evidence/events/*.tar.gz --out docs/evidence" in made
+    committed = ROOT / "docs/evidence"
+    write(sorted((ROOT / "configs/evidence/events").glob("*.tar.gz")), tmp_path)
+    for name in ("results.md", "results.csv"):
+        assert (tmp_path / name).read_bytes() == (committed / name).read_bytes(), f"make evidence writes {name} anew"
+    results, readme = ((committed / name).read_text() for name in ("results.md", "README.md"))
+    pictures = {path.name for path in tmp_path.glob("*.png")}
+    assert pictures == {path.name for path in committed.glob("*.png")} == set(re.findall(r"\]\((\S+\.png)\)", results))
+    for path in re.findall(r"\]\(([^)]+)\)", readme):
+        assert (committed / path).exists(), path
+    figures = set(re.findall(r"[+-]?\b\d\.\d{4}\b", readme))
+    assert figures
+    assert not figures - set(re.findall(r"[+-]?\b\d\.\d{4}\b", results))
