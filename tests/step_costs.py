@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -85,3 +86,16 @@ def costs(times: Mapping[str, Sequence[float]], log_every: int, look_every: int,
     look = sum(added(place, "look", "on") for place in PLACES[:2]) + pictures * picture
     overhead = (mean(logging, ordinary) + look / look_every) / alone
     return Costs(alone, ordinary, logging, look, overhead)
+
+
+def interval(
+    times: Mapping[str, Sequence[float]], log_every: int, look_every: int, pictures: int, draws: int = 400
+) -> tuple[float, float]:
+    """Return a 95% bootstrap interval of the overhead; the arguments are those of :func:`costs`."""
+    rng = random.Random(0)
+    found = []
+    for _ in range(draws):
+        drawn = {kind: rng.choices(values, k=len(values)) for kind, values in times.items()}
+        found.append(costs(drawn, log_every, look_every, pictures).overhead)
+    cuts = statistics.quantiles(found, n=40)
+    return cuts[0], cuts[-1]

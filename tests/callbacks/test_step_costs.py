@@ -4,7 +4,7 @@ import random
 from collections import defaultdict
 
 import pytest
-from step_costs import PLACES, costs, is_on, kinds_of_steps
+from step_costs import PLACES, costs, interval, is_on, kinds_of_steps
 
 EVERY, PICTURES, LOOKS = 5, 20, {15, 100, 200, 300, 400}
 PLACE_MS = dict(zip(PLACES, (2.0, 5.0, 0.0), strict=True))  # Lightning's own
@@ -51,6 +51,9 @@ def test_costs(disturbed, tolerance):
     look = LOOK_MS + POINTS_MS + PICTURES * PICTURE_MS
     overhead = (sum(LOGGING_MS.values()) / 10 + 0.7 * ORDINARY + look / 500) / alone
     assert found.overhead == pytest.approx(overhead, abs=tolerance)
+    low, high = interval(times, log_every=10, look_every=500, pictures=PICTURES)
+    assert low - 1e-9 <= overhead <= high + 1e-9
+    assert 0 < high - low < 0.01 if disturbed else high - low < 1e-9
     assert found.alone == pytest.approx(alone, abs=1 if disturbed else 1e-9)
     if not disturbed:
         assert (found.ordinary, found.logging, found.look) == pytest.approx((ORDINARY, sum(LOGGING_MS.values()), look))

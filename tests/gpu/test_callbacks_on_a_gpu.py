@@ -17,7 +17,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
-from step_costs import costs, is_on, kinds_of_steps
+from step_costs import costs, interval, is_on, kinds_of_steps
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader, Dataset
 
@@ -166,9 +166,11 @@ def test_overhead_with_the_370m_model_is_below_one_percent(tmp_path):
         times[kinds[step]].append(watch.marks[step - 1][1].elapsed_time(watch.marks[step][1]))
     log_every, look_every = TRAINER_DEFAULTS["log_every_n_steps"], MonitorConfig().router_every_n_steps
     cost = costs(times, log_every, look_every, config.num_layers)
+    low, high = interval(times, log_every, look_every, config.num_layers)
     line = (
         f"370M: {cost.alone:.2f} ms a step alone; the callbacks add {cost.ordinary:.2f} ms to one that logs nothing, "
-        f"{cost.logging:.1f} ms to one that logs, {cost.look:.0f} ms to a look at the routers: {cost.overhead:+.2%}"
+        f"{cost.logging:.1f} ms to one that logs, {cost.look:.0f} ms to a look at the routers: {cost.overhead:+.2%}, "
+        f"{low:+.2%} to {high:+.2%}"
     )
     print(line)
     if "MHF_OVERHEAD_FILE" in os.environ:
