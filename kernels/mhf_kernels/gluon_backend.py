@@ -47,7 +47,7 @@ class Rings:
 
 
 # By d_h: what fits into the 227 KiB of a multiprocessor and into 240 registers a thread.
-FORWARD = {64: Rings(128, 3, 3), 128: Rings(64, 3, 3), 256: Rings(64, 2, 1)}
+FORWARD = {64: Rings(128, 3, 3), 128: Rings(64, 3, 3), 256: Rings(32, 3, 3)}
 BACKWARD_TOKENS = {64: Rings(64, 3, 3), 128: Rings(64, 3, 2)}
 BACKWARD_WEIGHTS_D_H = 128
 BACKWARD_WEIGHTS_STAGES = 2

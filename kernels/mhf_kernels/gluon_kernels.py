@@ -43,6 +43,18 @@ def _sigmoid(m, FAST: gl.constexpr):
 
 
 @gluon.jit
+def _hidden(m, n, gate, dtype: gl.constexpr, left: gl.constexpr, FAST: gl.constexpr):
+    """Return A = r SiLU(M) N as a left operand; rows are tokens."""
+    if FAST:  # as in `_sigmoid`, with two operations fewer: m / 2 (1 + tanh(m / 2))
+        h = 0.5 * m
+        t = gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [h], gl.float32, is_pure=True, pack=1)
+        g = h * t + h
+    else:
+        g = m * _sigmoid(m, FAST)
+    return gl.convert_layout((g * n * gate[:, None]).to(dtype), left)
+
+
+@gluon.jit
 def _opaque_zero(i):
     """Return 0, as a value that changes with the loop index `i` for all that the compiler knows.
 
@@ -108,15 +120,34 @@ def _gate_of(gate_source, WG: gl.constexpr, e, rows, inside, E: gl.constexpr, la
 
 
 @gluon.jit
+def _scores(q, ku, zeros):
+    """Begin M = Q K^T and N = Q U^T, where ku holds a tile of K and one of U."""
+    BLOCK_N: gl.constexpr = ku.shape[0] // 2
+    m = warpgroup_mma(q, ku.slice(0, BLOCK_N).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    n = warpgroup_mma(q, ku.slice(BLOCK_N, BLOCK_N).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    return m, n
+
+
+@gluon.jit
+def _wait_for_scores(m, n, q, RUNNING: gl.constexpr):
+    """Wait until no more than so many products run, and return the arguments; q may be an operand in registers."""
+    if isinstance(q, gl.tensor):
+        m, n, q = warpgroup_mma_wait(RUNNING, deps=[m, n, q])
+    else:
+        m, n = warpgroup_mma_wait(RUNNING, deps=[m, n])
+    return m, n, q
+
+
+@gluon.jit
 def _forward_consumer(
     WG: gl.constexpr, tokens, weights, gate_source, first, o, partials, block, start, column, length, tiles,
     TILES_E: gl.constexpr, FAST: gl.constexpr, PARTIAL: gl.constexpr, E: gl.constexpr,
 ):  # fmt: skip
     q_buf, q_full = tokens
-    k_buf, u_buf, v_buf, ku_full, ku_empty, v_full, v_empty = weights
+    ku_buf, v_buf, ku_full, ku_empty, v_full, v_empty = weights
     D: gl.constexpr = q_buf.shape[2]
-    BLOCK_N: gl.constexpr = k_buf.shape[1]
-    KU_STAGES: gl.constexpr = k_buf.shape[0]
+    BLOCK_N: gl.constexpr = v_buf.shape[1]
+    KU_STAGES: gl.constexpr = ku_buf.shape[0]
     V_STAGES: gl.constexpr = v_buf.shape[0]
     dtype: gl.constexpr = q_buf.dtype
     score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -132,27 +163,28 @@ def _forward_consumer(
     mbarrier.wait(q_full, 0)
     if E:
         _compute_gate(q, gate_source[0], gate_source[1], WG, E)
+    # Two operands in shared memory take all of its bandwidth at 64 columns. Up to 128 of d_h, Q fits into registers.
+    if D <= 128:
+        q = q.load(gl.DotOperandLayout(0, score, 2))
     mbarrier.wait(ku_full.index(0), 0)
-    m = warpgroup_mma(q, k_buf.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)
-    n = warpgroup_mma(q, u_buf.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    m, n = _scores(q, ku_buf.index(0), zeros)
     gate = _gate_of(gate_source, WG, first, rows, inside, E, gl.SliceLayout(1, score))
-    m, n = warpgroup_mma_wait(0, deps=[m, n])
+    m, n, q = _wait_for_scores(m, n, q, 0)
     mbarrier.arrive(ku_empty.index(0), count=1)
-    a = gl.convert_layout((m * _sigmoid(m, FAST) * n * gate[:, None]).to(dtype), left)
+    a = _hidden(m, n, gate, dtype, left, FAST)
 
     # The product with V of one tile runs beside the scores and the gate of the next one.
     for i in range(1, tiles):
         ku = i % KU_STAGES
-        mbarrier.wait(ku_full.index(ku), (i // KU_STAGES) & 1)
-        m = warpgroup_mma(q, k_buf.index(ku).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        n = warpgroup_mma(q, u_buf.index(ku).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        gate = _gate_of(gate_source, WG, first + i // TILES_E, rows, inside, E, gl.SliceLayout(1, score))
         vs = (i - 1) % V_STAGES
+        mbarrier.wait(ku_full.index(ku), (i // KU_STAGES) & 1)
         mbarrier.wait(v_full.index(vs), ((i - 1) // V_STAGES) & 1)
+        gate = _gate_of(gate_source, WG, first + i // TILES_E, rows, inside, E, gl.SliceLayout(1, score))
+        m, n = _scores(q, ku_buf.index(ku), zeros)
         acc = warpgroup_mma(a, v_buf.index(vs), acc, is_async=True)
-        m, n = warpgroup_mma_wait(1, deps=[m, n])
+        m, n, q = _wait_for_scores(m, n, q, 1)
         mbarrier.arrive(ku_empty.index(ku), count=1)
-        following = gl.convert_layout((m * _sigmoid(m, FAST) * n * gate[:, None]).to(dtype), left)
+        following = _hidden(m, n, gate, dtype, left, FAST)
         acc, a = warpgroup_mma_wait(0, deps=[acc, a])
         mbarrier.arrive(v_empty.index(vs), count=1)
         a = following
@@ -167,18 +199,18 @@ def _forward_consumer(
 @gluon.jit
 def _stream_weights(weights, k, u, v, row, tiles):
     """Copy the tiles of K, U and V from `row` on into their rings; the producer's loop."""
-    k_buf, u_buf, v_buf, ku_full, ku_empty, v_full, v_empty = weights
-    BLOCK_N: gl.constexpr = k_buf.shape[1]
-    D: gl.constexpr = k_buf.shape[2]
-    KU_STAGES: gl.constexpr = k_buf.shape[0]
+    ku_buf, v_buf, ku_full, ku_empty, v_full, v_empty = weights
+    BLOCK_N: gl.constexpr = v_buf.shape[1]
+    D: gl.constexpr = ku_buf.shape[2]
+    KU_STAGES: gl.constexpr = ku_buf.shape[0]
     V_STAGES: gl.constexpr = v_buf.shape[0]
     for i in range(tiles):
         ku = i % KU_STAGES
         full = ku_full.index(ku)
         mbarrier.wait(ku_empty.index(ku), ((i // KU_STAGES) & 1) ^ 1)
         mbarrier.expect(full, 2 * BLOCK_N * D * 2)
-        tma.async_copy_global_to_shared(k, [row + i * BLOCK_N, 0], full, k_buf.index(ku))
-        tma.async_copy_global_to_shared(u, [row + i * BLOCK_N, 0], full, u_buf.index(ku))
+        tma.async_copy_global_to_shared(k, [row + i * BLOCK_N, 0], full, ku_buf.index(ku).slice(0, BLOCK_N))
+        tma.async_copy_global_to_shared(u, [row + i * BLOCK_N, 0], full, ku_buf.index(ku).slice(BLOCK_N, BLOCK_N))
         vs = i % V_STAGES
         full = v_full.index(vs)
         mbarrier.wait(v_empty.index(vs), ((i // V_STAGES) & 1) ^ 1)
@@ -206,13 +238,12 @@ def _forward_producer(tokens, weights, gate_source, q, k, u, v, w, start, column
 def _weight_rings(
     k, BLOCK_N: gl.constexpr, D: gl.constexpr, KU_STAGES: gl.constexpr, V_STAGES: gl.constexpr
 ):  # fmt: skip
-    """Return rings of tiles of K and U, which share barriers, and of V, for two readers each."""
-    k_buf = gl.allocate_shared_memory(k.dtype, [KU_STAGES, BLOCK_N, D], k.layout)
-    u_buf = gl.allocate_shared_memory(k.dtype, [KU_STAGES, BLOCK_N, D], k.layout)
+    """Return rings of tiles of K and U, which lie behind one another, and of V, for two readers each."""
+    ku_buf = gl.allocate_shared_memory(k.dtype, [KU_STAGES, 2 * BLOCK_N, D], k.layout)
     v_buf = gl.allocate_shared_memory(k.dtype, [V_STAGES, BLOCK_N, D], k.layout)
     ku_full, ku_empty = _ring(KU_STAGES, 2, 1)
     v_full, v_empty = _ring(V_STAGES, 2, 1)
-    return k_buf, u_buf, v_buf, ku_full, ku_empty, v_full, v_empty
+    return ku_buf, v_buf, ku_full, ku_empty, v_full, v_empty
 
 
 @gluon.jit
@@ -278,17 +309,42 @@ def forward_kernel(
 
 
 @gluon.jit
+def _turns():
+    """Return a barrier for each consumer warpgroup, at which the other one says that it has issued its products.
+
+    Warpgroup 0 issues those of a tile first. Then one computes gates while the tensor cores work for the other; without
+    turns both would do the same at the same time, and the tensor cores wait for both.
+    """
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(turns.index(i), count=1)
+    return turns
+
+
+@gluon.jit
+def _take_turn(turns, WG: gl.constexpr, i):
+    """Wait until the other warpgroup has issued the products of tile i, or of the one before."""
+    mbarrier.wait(turns.index(WG), (i + 1 + WG) & 1)
+
+
+@gluon.jit
+def _pass_turn(turns, WG: gl.constexpr):
+    mbarrier.arrive(turns.index(1 - WG), count=1)
+
+
+@gluon.jit
 def _backward_tokens_consumer(
     WG: gl.constexpr, tokens, weights, r, r_l, r_e, dq, dr, dr_l, dr_e, partials, block, start, column, length, tiles,
     TILES_E: gl.constexpr, FAST: gl.constexpr, PARTIAL: gl.constexpr,
 ):  # fmt: skip
-    q_buf, g_buf, q_full = tokens
-    k_buf, u_buf, v_buf, ku_full, ku_empty, v_full, v_empty = weights
+    q_buf, g_buf, q_full, turns = tokens
+    ku_buf, v_buf, ku_full, ku_empty, v_full, v_empty = weights
     D: gl.constexpr = q_buf.shape[2]
-    BLOCK_N: gl.constexpr = k_buf.shape[1]
-    KU_STAGES: gl.constexpr = k_buf.shape[0]
+    BLOCK_N: gl.constexpr = v_buf.shape[1]
+    KU_STAGES: gl.constexpr = ku_buf.shape[0]
     V_STAGES: gl.constexpr = v_buf.shape[0]
     dtype: gl.constexpr = q_buf.dtype
+    both: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * BLOCK_N, 16])
     score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     out: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     left: gl.constexpr = gl.DotOperandLayout(0, out, 2)
@@ -297,6 +353,7 @@ def _backward_tokens_consumer(
     r_rows = r + rows.to(gl.int64) * r_l
     dr_rows = dr + rows.to(gl.int64) * dr_l
     inside = rows < length
+    zeros_both = gl.zeros([ROWS, 2 * BLOCK_N], gl.float32, both)
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, score)
     acc = gl.zeros([ROWS, D], gl.float32, out)
     dr_sum = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, score))
@@ -305,14 +362,15 @@ def _backward_tokens_consumer(
     g = g_buf.index(WG)
     mbarrier.wait(q_full, 0)
     mbarrier.wait(ku_full.index(0), 0)
-    m = warpgroup_mma(q, k_buf.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)
-    n = warpgroup_mma(q, u_buf.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)
     mbarrier.wait(v_full.index(0), 0)
+    _take_turn(turns, WG, 0)
+    mn = warpgroup_mma(q, ku_buf.index(0).permute((1, 0)), zeros_both, use_acc=False, is_async=True)
     d = warpgroup_mma(g, v_buf.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    _pass_turn(turns, WG)
     gate = gl.load(r_rows, mask=inside, other=0.0).to(gl.float32)
-    m, n, d = warpgroup_mma_wait(0, deps=[m, n, d])
+    mn, d = warpgroup_mma_wait(0, deps=[mn, d])
     mbarrier.arrive(v_empty.index(0), count=1)
-    dm, dn, dr_part = _score_gradients(m, n, d, gate, dtype, left, FAST)
+    dm, dn, dr_part = _score_gradients(mn, d, gate, dtype, score, left, FAST)
     dr_sum += dr_part
     gl.store(dr_rows, dr_sum.to(dr.dtype.element_ty), mask=inside & (TILES_E == 1))
     if TILES_E == 1:
@@ -327,17 +385,18 @@ def _backward_tokens_consumer(
         vs = i % V_STAGES
         before = (i - 1) % KU_STAGES
         mbarrier.wait(ku_full.index(ku), (i // KU_STAGES) & 1)
-        m = warpgroup_mma(q, k_buf.index(ku).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        n = warpgroup_mma(q, u_buf.index(ku).permute((1, 0)), zeros, use_acc=False, is_async=True)
         mbarrier.wait(v_full.index(vs), (i // V_STAGES) & 1)
+        _take_turn(turns, WG, i)
+        mn = warpgroup_mma(q, ku_buf.index(ku).permute((1, 0)), zeros_both, use_acc=False, is_async=True)
         d = warpgroup_mma(g, v_buf.index(vs).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        acc = warpgroup_mma(dm, k_buf.index(before), acc, is_async=True)
-        acc = warpgroup_mma(dn, u_buf.index(before), acc, is_async=True)
+        acc = warpgroup_mma(dm, ku_buf.index(before).slice(0, BLOCK_N), acc, is_async=True)
+        acc = warpgroup_mma(dn, ku_buf.index(before).slice(BLOCK_N, BLOCK_N), acc, is_async=True)
+        _pass_turn(turns, WG)
         e = i // TILES_E
         gate = gl.load(r_rows + e.to(gl.int64) * r_e, mask=inside, other=0.0).to(gl.float32)
-        m, n, d = warpgroup_mma_wait(2, deps=[m, n, d])
+        mn, d = warpgroup_mma_wait(2, deps=[mn, d])
         mbarrier.arrive(v_empty.index(vs), count=1)
-        dm_next, dn_next, dr_part = _score_gradients(m, n, d, gate, dtype, left, FAST)
+        dm_next, dn_next, dr_part = _score_gradients(mn, d, gate, dtype, score, left, FAST)
         acc, dm, dn = warpgroup_mma_wait(0, deps=[acc, dm, dn])
         mbarrier.arrive(ku_empty.index(before), count=1)
         dm = dm_next
@@ -348,15 +407,18 @@ def _backward_tokens_consumer(
         dr_sum = gl.where(last, 0.0, dr_sum)
 
     before = (tiles - 1) % KU_STAGES
-    acc = warpgroup_mma(dm, k_buf.index(before), acc, is_async=True)
-    acc = warpgroup_mma(dn, u_buf.index(before), acc, is_async=True)
+    acc = warpgroup_mma(dm, ku_buf.index(before).slice(0, BLOCK_N), acc, is_async=True)
+    acc = warpgroup_mma(dn, ku_buf.index(before).slice(BLOCK_N, BLOCK_N), acc, is_async=True)
     acc, dm, dn = warpgroup_mma_wait(0, deps=[acc, dm, dn])
     _write(acc, q_buf.index(WG), dq, partials, start + WG * ROWS, column, 2 * block + WG, PARTIAL)
 
 
 @gluon.jit
-def _score_gradients(m, n, d, gate, dtype: gl.constexpr, left: gl.constexpr, FAST: gl.constexpr):
-    """Return dM and dN as left operands, and what this tile adds to dR; rows are tokens."""
+def _score_gradients(mn, d, gate, dtype: gl.constexpr, score: gl.constexpr, left: gl.constexpr, FAST: gl.constexpr):
+    """Return dM and dN as left operands, and what this tile adds to dR; rows are tokens, mn is M beside N."""
+    m, n = gl.split(gl.permute(gl.reshape(mn, [mn.shape[0], 2, mn.shape[1] // 2]), (0, 2, 1)))
+    m = gl.convert_layout(m, score, assert_trivial=True)
+    n = gl.convert_layout(n, score, assert_trivial=True)
     s = _sigmoid(m, FAST)
     g = m * s
     dr = gl.sum(d * g * n, axis=1)
@@ -368,7 +430,7 @@ def _score_gradients(m, n, d, gate, dtype: gl.constexpr, left: gl.constexpr, FAS
 
 @gluon.jit
 def _backward_tokens_producer(tokens, weights, q, grad_o, k, u, v, start, column, row, tiles):
-    q_buf, g_buf, q_full = tokens
+    q_buf, g_buf, q_full, _ = tokens
     mbarrier.expect(q_full, 4 * ROWS * q_buf.shape[2] * 2)
     for half in gl.static_range(2):
         tma.async_copy_global_to_shared(q, [start + half * ROWS, column], q_full, q_buf.index(half))
@@ -398,8 +460,9 @@ def backward_tokens_kernel(
     g_buf = gl.allocate_shared_memory(q.dtype, [2, ROWS, D], q.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(q_full, count=1)
+    turns = _turns()
     weights = _weight_rings(k, BLOCK_N, D, KU_STAGES, V_STAGES)
-    tokens = (q_buf, g_buf, q_full)
+    tokens = (q_buf, g_buf, q_full, turns)
     fence_async_shared()
     column = head * D
     gl.warp_specialize(
