@@ -206,7 +206,7 @@ def read_run(events: Events, origin: str) -> EvidenceRun | None:
     missing = [name for name in ("MHF_COMMAND", "MHF_COMMIT", "MHF_DATASET") if name not in environment]
     if missing:
         raise ValueError(f"{origin}: {', '.join(missing)} not in its environment; start it with mhf evidence run")
-    config = yaml.safe_load(events.texts["run/config"].strip("`").removeprefix("yaml\n"))
+    config = yaml.safe_load(events.config or "")
     series = events.scalars["val/loss"]
     if not series.steps or not events.scalars["throughput/tokens_per_s_average"].steps:
         return None

@@ -62,6 +62,12 @@ class Events:
     first_time: float | None = None
     warnings: list[str] = field(default_factory=list)
 
+    @property
+    def config(self) -> str | None:
+        """The configuration of the run's last start, YAML, as ``RunText`` wrote it; None without."""
+        text = self.texts.get("run/config")
+        return None if text is None else text.strip("`").removeprefix("yaml\n")
+
     def values(self, tag: str) -> np.ndarray:
         """Return the finite values of a scalar, ``[points]``; empty where the run has none."""
         values = np.array(self.scalars[tag].values if tag in self.scalars else [], dtype=float)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -135,7 +136,7 @@ def _first(*values: float | None) -> float | None:
 
 
 def load(paths: list[Path]) -> list[Result]:
-    """Read runs; each is called by its folder's name, or by its path where two folders have the same name.
+    """Read runs; each is called by its folder's name, or by its path below what all have in common where two share it.
 
     Raises:
         ValueError: A path is no run folder, or is given twice.
@@ -147,9 +148,10 @@ def load(paths: list[Path]) -> list[Result]:
         if folders.count(folder) > 1:
             raise ValueError(f"{path} is given twice")
     names = [folder.name for folder in folders]
+    common = os.path.commonpath([folder.parent for folder in folders])
     return [
-        _load(folder.name if names.count(folder.name) == 1 else str(path), folder)
-        for path, folder in zip(paths, folders, strict=True)
+        _load(folder.name if names.count(folder.name) == 1 else folder.relative_to(common).as_posix(), folder)
+        for folder in folders
     ]
 
 
@@ -160,8 +162,12 @@ def _load(name: str, folder: Path) -> Result:
         warnings.append(run.damage)
     if run.reason:
         warnings.append(f"failed: {run.reason}")
-    try:
-        config = read_config(last_config(folder) or folder / "config.yaml")
+    path = last_config(folder)
+    try:  # without a file, as in an archive of event files: what these hold
+        if path is None and events.config is not None:
+            config = parse_config(events.config, f"{folder / 'tensorboard'}: run/config")
+        else:
+            config = read_config(path or folder / "config.yaml")
     except ValueError as error:
         config = {}
         warnings.append(str(error))
@@ -178,18 +184,32 @@ def _load(name: str, folder: Path) -> Result:
 
 
 def read_config(path: Path) -> dict[str, str]:
-    """Return the values of a configuration as JSON, by dotted keys, without secrets; lists count as values.
+    """Return the values of a configuration file; as :func:`parse_config`.
 
     Raises:
         ValueError: It is missing or no YAML mapping.
     """
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())  # YAML's has lines
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(f"{path}: {reason}; its configuration is not compared") from error
+    return parse_config(text, str(path))
+
+
+def parse_config(text: str, origin: str) -> dict[str, str]:
+    """Return the values of a configuration as JSON, by dotted keys, without secrets; lists count as values.
+
+    Raises:
+        ValueError: It is no YAML mapping; the message names the origin.
+    """
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())  # YAML's has lines
+        raise ValueError(f"{origin}: {reason}; its configuration is not compared") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{path}: no mapping of keys to values; its configuration is not compared")
+        raise ValueError(f"{origin}: no mapping of keys to values; its configuration is not compared")
     return dict(_flat(redact_tree(config)[0], ""))
 
 

@@ -1,9 +1,11 @@
 """The table from event files with known answers."""
 
 import csv
+import os
 import re
 import statistics
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -220,3 +222,20 @@ def test_the_result_in_the_repository_is_that_of_its_event_files(tmp_path):
     figures = set(re.findall(r"[+-]?\b\d\.\d{4}\b", readme))
     assert figures
     assert not figures - set(re.findall(r"[+-]?\b\d\.\d{4}\b", results))
+
+
+def test_the_command_for_report_pages_makes_one(tmp_path):
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (command,) = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/evidence/README.md").read_text(), re.S)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    subprocess.run(["bash", "-ec", command], cwd=tmp_path, env={**os.environ, "PATH": path}, check=True)
+    page = (tmp_path / "runs/evidence.html").read_text()
+    for expected in (
+        "flash_mhf_dh128/lr1.5e-3-seed1",
+        "swiglu/lr1.5e-3-seed1",
+        "2.4974",
+        "2.5265",
+        "model.decoder.ffn.name",
+    ):
+        assert expected in page
+    assert "is not compared" not in page

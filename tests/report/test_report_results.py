@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from report_runs import write_evaluation, write_events, write_run
+from torch.utils.tensorboard import SummaryWriter
 
 from mhf_lightning.report.events import Series
 from mhf_lightning.report.results import (
@@ -169,4 +170,17 @@ def test_what_is_no_run_is_refused(tmp_path):
 
 def test_runs_of_the_same_name_are_told_apart(tmp_path):
     runs = [write_run(tmp_path / name, steps=1) for name in ("a/run", "b/run", "other")]
-    assert [result.name for result in load(runs)] == [str(runs[0]), str(runs[1]), "other"]
+    assert [result.name for result in load(runs)] == ["a/run", "b/run", "other"]
+
+
+@pytest.mark.parametrize(
+    ("text", "config", "warning"),
+    [("model:\n  z_loss: 0.5\n", {"model.z_loss": "0.5"}, None), ("[\n", {}, "run/config: ")],
+)
+def test_without_a_file_the_configuration_is_that_of_the_event_files(tmp_path, text, config, warning):
+    with SummaryWriter(str(tmp_path / "one/tensorboard")) as writer:
+        writer.add_text("run/config", f"```yaml\n{text}```")
+    (result,) = load([tmp_path / "one"])
+    assert result.config == config
+    found = [line for line in result.warnings if "its configuration is not compared" in line]
+    assert [warning in line for line in found] == ([True] if warning else [])
