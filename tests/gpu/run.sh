@@ -6,7 +6,7 @@
 #   model    mhf bench model: the 1.3B and the 370M models of the paper, FlashMHF against SwiGLU and MH-FFN
 #   paper    the paper's efficiency table again: layers and 1.3B models at batch 8, L = 192 to 16,384; efficiency.md
 #   generate mhf bench generate: the 1.3B models, FlashMHF against SwiGLU
-#   sanitize every kernel once under compute-sanitizer: memory accesses, then races in shared memory
+#   sanitize every kernel once under compute-sanitizer: memory accesses, then races in shared memory, with a control
 # Without a stage: check and layer. Each stage goes on where one of its parts fails; the exit code tells.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
@@ -59,6 +59,10 @@ for stage in "${@:-check layer}"; do
             for tool in memcheck racecheck; do
                 compute-sanitizer --tool $tool --error-exitcode 9 "$python" tests/gpu/sanitized.py > "$out/$tool.log" 2>&1 || status=1
                 tail -n 3 "$out/$tool.log"
+            done
+            for kind in right wrong; do  # what racecheck's word is worth
+                compute-sanitizer --tool racecheck "$python" tests/gpu/racecheck_control.py $kind > "$out/control-$kind.log" 2>&1
+                tail -n 2 "$out/control-$kind.log"
             done
             ;;
         *)
