@@ -37,12 +37,19 @@ PLOT_NEEDS = "the plot needs matplotlib: pip install matplotlib"
 
 
 class CsvFile:
-    """A CSV file that must not exist yet, written and flushed row by row: an interrupted run keeps what it measured."""
+    """A CSV file, written and flushed row by row: an interrupted run keeps what it measured.
 
-    def __init__(self, path: Path, columns: Sequence[str]) -> None:
-        self._file = path.open("x", newline="")
+    Args:
+        path: Must not exist yet, unless `go_on`.
+        columns: The header.
+        go_on: Append to the rows of a file that exists.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str], go_on: bool = False) -> None:
+        self._file = path.open("a" if go_on else "x", newline="")
         self._writer = csv.DictWriter(self._file, columns, restval=NOT_MEASURED)
-        self._writer.writeheader()
+        if not self._file.tell():
+            self._writer.writeheader()
 
     def write(self, row: Row) -> None:
         """Append a row; columns that it lacks become `n/a`."""

@@ -3,6 +3,12 @@
 import csv
 import json
 import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,35 +48,31 @@ def sizes(model: str, *strategies: str, processes=(1, 2)) -> Sizes:
     return Sizes((model,), strategies, processes, MICRO_BATCH, 8, LENGTH, STEPS, "32-true", compiled=False)
 
 
-def run(tmp_path: Path, *several: cases.Case, timeout: float = 120.0) -> dict[str, Outcome]:
+def run(tmp_path: Path, *several: cases.Case, slots=("", ""), timeout: float = 120.0) -> dict[str, Outcome]:
+    """Run cases; on a CPU, slots with names are made-up GPUs."""
     ended: dict[str, Outcome] = {}
-    slots = ["", ""]
+    slots = list(slots)
     threads = start_server(slots, tmp_path / "inductor")
     run_cases(
         several, slots, threads, tmp_path, timeout, lambda case, end: ended.update({case.label: end}), lambda case: None
     )
-    return ended
+    return {case.label: ended[case.label] for case in several}
+
+
+def measure(model: str, output: Path, *more: str) -> int:
+    sizes = ["--micro_batch", str(MICRO_BATCH), "--length", str(LENGTH), "--steps", str(STEPS)]
+    stages = ["--stages", "weak", "parity", "checkpoint", "--strategies", "fsdp2", "--processes", "1", "2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cases, "PARITY_STEPS", 20)
+        patch.setenv("MHF_COMMIT", "0123456789abcdef")
+        return command.main([model, *stages, *sizes, "--output", str(output), *more])
 
 
 @pytest.fixture(scope="module")
 def measured(model, tmp_path_factory) -> tuple[int, Path]:
     """What the command returned, and its folder."""
     output = tmp_path_factory.mktemp("scaling") / "out"
-    options = [
-        "--micro_batch",
-        str(MICRO_BATCH),
-        "--length",
-        str(LENGTH),
-        "--steps",
-        str(STEPS),
-        "--output",
-        str(output),
-    ]
-    stages = ["--stages", "weak", "parity", "checkpoint", "--strategies", "fsdp2"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cases, "PARITY_STEPS", 20)
-        patch.setenv("MHF_COMMIT", "0123456789abcdef")
-        return command.main([model, *stages, *options]), output
+    return measure(model, output), output
 
 
 @pytest.mark.slow
@@ -78,7 +80,7 @@ def test_rows_hold_speeds_and_what_follows_from_them(measured, model):
     code, output = measured
     assert code == 0
     rows = read(output / "scaling.csv")
-    assert [(row["strategy"], row["gpus"]) for row in rows] == [("single", "1"), ("fsdp2", "1"), ("fsdp2", "2")]
+    assert [(row["strategy"], row["gpus"]) for row in rows] == [("single", "1"), ("fsdp2", "2"), ("fsdp2", "1")]
     config = DecoderConfig.from_dict(DECODER)
     for row in rows:
         assert tuple(row) == results.SCALING_COLUMNS
@@ -132,6 +134,92 @@ def test_a_killed_rank_is_noticed_and_training_goes_on(measured):
 
 
 @pytest.mark.slow
+def test_a_later_call_measures_what_has_no_row(measured, model, tmp_path, capsys):
+    output = tmp_path / "out"
+    shutil.copytree(measured[1], output)
+    text = {name: (output / f"{name}.csv").read_text().splitlines(keepends=True) for name in command.FILES}
+    lost = {"scaling": 2, "parity": 4}  # FSDP2 on two processes; one process that continues it
+    for name, line in lost.items():
+        (output / f"{name}.csv").write_text("".join(text[name][:line] + text[name][line + 1 :]))
+    assert measure(model, output) == 0
+    said = capsys.readouterr().err
+    assert [line.removesuffix(" ...") for line in said.splitlines() if line.endswith(" ...")] == [
+        "weak, small/tiny: fsdp2 on 2",
+        "parity, small/tiny: fsdp2 on 2",  # again, for its checkpoint
+        "parity, small/tiny: single on 1, continues fsdp2 on 2",
+    ]
+    for name in command.FILES:
+        kept = [line for number, line in enumerate(text[name]) if number != lost.get(name)]
+        lines = (output / f"{name}.csv").read_text().splitlines(keepends=True)
+        assert lines[: len(kept)] == kept
+        if name in lost:
+            old, new = read(measured[1] / f"{name}.csv")[lost[name] - 1], read(output / f"{name}.csv")[-1]
+            assert len(lines) == len(kept) + 1
+            assert [(new[column], new["status"]) for column in ("strategy", "gpus")] == [
+                (old[column], "ok") for column in ("strategy", "gpus")
+            ]
+    rows = {(row["strategy"], row["gpus"]): row for row in read(output / "scaling.csv")}
+    efficiency = float(rows["fsdp2", "2"]["tokens_per_s_per_gpu"]) / float(rows["single", "1"]["tokens_per_s"])
+    assert float(rows["fsdp2", "2"]["efficiency"]) == pytest.approx(efficiency, rel=1e-4)
+    assert float(read(output / "parity.csv")[-1]["loss_difference"]) < 1e-5
+    assert command.main(["--report_from", str(output)]) == 0
+    report_text = capsys.readouterr().out
+    order = [report_text.index(f"| {strategy:8} | {gpus} ") for strategy, gpus in (("single", 1), ("fsdp2", 1))]
+    assert order == sorted(order)
+    before = (output / "scaling.csv").read_bytes()
+    assert measure(model, output, "--strategies", "fsdp2") == 0  # nothing is left
+    assert "..." not in capsys.readouterr().err
+    assert measure(model, output, "--steps", "5") == 2
+    assert f"cannot be continued: steps was {STEPS}, is 5; name another" in capsys.readouterr().err
+    assert (output / "scaling.csv").read_bytes() == before
+    assert len(json.loads((output / "environment.json").read_text())["continued"]) == 2
+
+
+def test_other_code_and_unknown_code_are_not_mixed(tmp_path):
+    facts = {"commit": "aaa", "device": "NVIDIA H100", "date": "today", "command": "mhf", "processes": [2, 4]}
+    command.prepare(tmp_path, facts)
+    command.prepare(tmp_path, {**facts, "date": "tomorrow", "driver": "580"})
+    with pytest.raises(ValueError, match=r"commit was aaa, is bbb; device was NVIDIA H100, is NVIDIA H200; name"):
+        command.prepare(tmp_path, {**facts, "commit": "bbb", "device": "NVIDIA H200"})
+    unknown = {**facts, "commit": command.measure.UNKNOWN_COMMIT}
+    command.prepare(tmp_path / "unknown", unknown)
+    with pytest.raises(ValueError, match="cannot be continued: commit is unknown"):
+        command.prepare(tmp_path / "unknown", unknown)
+    (tmp_path / "environment.json").unlink()
+    (tmp_path / "parity.csv").write_text("")
+    with pytest.raises(ValueError, match=r"parity\.csv is there without environment\.json"):
+        command.prepare(tmp_path, facts)
+
+
+def is_alive(group: int) -> bool:
+    """Whether the process group has a process."""
+    try:
+        os.killpg(group, signal.SIGCONT)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_call_that_is_cut_keeps_its_rows_and_leaves_no_rank(model, tmp_path):
+    options = ["--stages", "weak", "--strategies", "ddp", "--micro_batch", "1", "--length", "8"]
+    options += ["--steps", "1", "--output", str(tmp_path / "out")]
+    arguments = [sys.executable, "-m", "mhf_lightning.cli", "bench", "scaling", model, *options]
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line == "weak, small/tiny: ddp on 2 ...\n":
+            break
+    process.terminate()
+    assert process.stderr.read().startswith("interrupted; the CSV files hold what was measured")
+    assert process.wait() == 130
+    deadline = time.monotonic() + 20
+    while is_alive(process.pid):
+        assert time.monotonic() < deadline, "a process of the session is left"
+        time.sleep(0.1)
+    assert [row["strategy"] for row in read(tmp_path / "out/scaling.csv")] == ["single"]
+
+
+@pytest.mark.slow
 def test_the_report_sets_the_plan_beside(measured, capsys):
     output = measured[1]
     assert command.main(["--report_from", str(output)]) == 0
@@ -145,6 +233,20 @@ def test_the_report_sets_the_plan_beside(measured, capsys):
     assert "report.md" in capsys.readouterr().err
 
 
+def test_the_aims_are_named_where_they_apply(model, tmp_path):
+    about = {"device": "GPU", "date": "today", "status": "ok", "efficiency": 0.9}
+    case = replace(sizes(model), processes=(4, 8))
+    rows = [results.identity(case.case("weak", model, name, 4)) | about for name in ("ddp", "fsdp2")]
+    for more in ([], [results.identity(case.case("weak", model, name, 8)) | about for name in ("fsdp2", "zero2")]):
+        file = report.CsvFile(tmp_path / "scaling.csv", results.SCALING_COLUMNS, go_on=True)
+        for row in more or rows:
+            file.write(row)
+        file.close()
+        text = report.tables(tmp_path, [])
+        assert ("aim" in text, "92.0%" in text, "95.0%" in text) == (bool(more), bool(more), False)
+    assert text.index("| fsdp2") < text.index("| zero2")
+
+
 def test_the_plan_s_speed_is_a_share_of_the_peak_of_all_gpus(model):
     row = results.identity(sizes(model, "fsdp2_tp").case("weak", model, "fsdp2_tp", 2))
     row |= {"device": "NVIDIA H100 80GB HBM3", "flops_per_token": 1e6, "compiled": "False"}
@@ -152,12 +254,68 @@ def test_the_plan_s_speed_is_a_share_of_the_peak_of_all_gpus(model):
     assert plan["plan_tokens_per_s"] == pytest.approx(2 * 989.5e12 * 0.4 / 1e6)
 
 
-def test_cases_that_need_one_process_run_side_by_side(model, tmp_path):
+def seen(ended: dict[str, Outcome]) -> list[tuple[float, float, set[str]]]:
+    """When each case began and ended, and the GPUs that its ranks saw."""
+    starts = {name: [events[0] for events in outcome.events] for name, outcome in ended.items()}
+    return [
+        (
+            min(start["time"] for start in starts[name]),
+            outcome.ended,
+            set(starts[name][0]["devices"].split(",")) if starts[name][0]["devices"] else set(),
+        )
+        for name, outcome in ended.items()
+    ]
+
+
+def test_cases_share_the_host_but_no_gpu(model, tmp_path):
+    """The largest first; two pairs side by side, then single ones; what ran beside is told."""
+    ones = [sizes(model).case(f"one{n}", model, "single", 1) for n in range(3)]
+    twos = [sizes(model).case(f"two{n}", model, "ddp", 2) for n in range(2)]
+    four = sizes(model).case("four", model, "ddp", 4)
+    ended = run(tmp_path, *ones, *twos, four, slots="5674")
+    assert {outcome.status for outcome in ended.values()} == {"ok"}
+    assert ended[four.label].beside == ()
+    assert set(ended[twos[0].label].beside) >= {twos[1].label}
+    spans = dict(zip(ended, seen(ended), strict=True))
+    assert spans[four.label][2] == set("5674")
+    assert all(spans[four.label][1] < begun for name, (begun, *_) in spans.items() if name != four.label)
+    assert {frozenset(spans[two.label][2]) for two in twos} == {frozenset("56"), frozenset("74")}
+    for name, (begun, over, gpus) in spans.items():
+        for other, (other_begun, other_over, other_gpus) in spans.items():
+            if name != other and begun < other_over and other_begun < over:
+                assert not gpus & other_gpus
+                assert other in ended[name].beside
+
+
+def test_on_a_cpu_one_at_a_time(model, tmp_path):
     one = sizes(model).case("weak", model, "single", 1)
     ended = run(tmp_path, one, replace(one, stage="fixed"))
-    begun = [outcome.events[0][0]["time"] for outcome in ended.values()]
     assert [outcome.status for outcome in ended.values()] == ["ok", "ok"]
-    assert max(begun) < min(outcome.ended for outcome in ended.values())
+    assert [outcome.beside for outcome in ended.values()] == [(), ()]
+    (_, over, gpus), (begun, _, _) = seen(ended)
+    assert over < begun
+    assert not gpus
+
+
+@pytest.mark.slow
+def test_a_neighbour_that_dies_or_hangs_changes_nothing(model, tmp_path):
+    """Beside a rank that kills itself, one without memory and one without end, a case computes what it does alone."""
+    good = sizes(model).case("good", model, "ddp", 2)
+    alone = run(tmp_path / "alone", good)[good.label]
+    huge = replace(good, stage="huge", gpus=1, strategy="single")
+    huge = replace(huge, model=write_model(tmp_path / "huge", vocab_size=10**13))
+    killed = replace(good, stage="killed", steps=1000, save_at=((3, True),), kill=True)
+    endless = replace(good, stage="endless", gpus=3, steps=10**6)
+    ended = run(tmp_path, endless, killed, good, huge, replace(good, stage="late"), slots="01234567", timeout=20)
+    assert {name.partition(",")[0]: outcome.status for name, outcome in ended.items()} == {
+        "good": "ok",
+        "late": "ok",
+        "huge": "OOM",
+        "killed": "failed: rank 1 died (signal 9)",
+        "endless": "timeout after 20 s",
+    }
+    assert {endless.label, killed.label} <= set(ended[good.label].beside)
+    assert results.curve(ended[good.label]) == results.curve(alone)
 
 
 def test_other_data_are_found_out(model, tmp_path):
@@ -191,8 +349,8 @@ def test_a_case_that_fails_is_a_row_and_the_others_go_on(tmp_path, capsys):
     assert command.main([odd, "--stages", "weak", "--strategies", "fsdp2", "fsdp2_tp", *options]) == 1
     rows = read(tmp_path / "out/scaling.csv")
     why = "failed: ValueError: tensor_parallel_size is 2; it must divide ffn.d_ff 63"
-    assert [row["status"] for row in rows] == ["ok", "ok", "ok", why]
-    assert [row["tokens_per_s"] == "n/a" for row in rows] == [False, False, False, True]
+    assert [row["status"] for row in rows] == ["ok", "ok", why]
+    assert [row["tokens_per_s"] == "n/a" for row in rows] == [False, False, True]
     printed = capsys.readouterr()
     assert why in printed.out
     assert "Traceback" in printed.err
@@ -264,6 +422,21 @@ def test_the_cases_of_eight_gpus(model):
     with pytest.raises(ValueError, match="change it or --micro_batch"):
         cases.fixed(replace(eight, global_batch=12))
     assert cases.parity(replace(eight, processes=(1,))) == []
+
+
+def test_what_is_left(model):
+    """A case that is continued is run again, unless all that continue it are done."""
+    four = sizes(model, *cases.STRATEGIES, processes=(2, 4))
+    alone, together, continued = cases.parity(four)
+    done = {case.label for case in [*alone, *together, *continued[1:]]}
+    assert cases.left([alone, together, continued], done) == [alone, [], continued[:1]]
+    assert cases.left([alone, together, continued], done | {continued[0].label}) == [[], [], []]
+    checkpoint = cases.checkpoint(four)
+    (killed,), (resumed,) = checkpoint
+    assert cases.left(checkpoint, set()) == checkpoint
+    assert cases.left(checkpoint, {resumed.label}) == [[], []]
+    assert resumed.label == cases.label("checkpoint", "small/tiny", "fsdp2", 4, "fsdp2 on 4")
+    assert killed.save_at
 
 
 @pytest.mark.parametrize(

@@ -75,8 +75,17 @@ class Case:
     @property
     def label(self) -> str:
         """A name that no other case of a run has."""
-        continued = "" if self.resume is None else f", continues {self.resume.rpartition(': ')[2]}"
-        return f"{self.stage}, {model_name(self.model)}: {self.strategy} on {self.gpus}{continued}"
+        return label(self.stage, model_name(self.model), self.strategy, self.gpus, self.continues)
+
+    @property
+    def continues(self) -> str | None:
+        """Strategy and GPUs of the case that this one continues."""
+        return None if self.resume is None else self.resume.rpartition(": ")[2]
+
+
+def label(stage: str, model: str, strategy: str, gpus: int, continues: str | None = None) -> str:
+    """Return the label of the case with these columns in the CSV files."""
+    return f"{stage}, {model}: {strategy} on {gpus}" + ("" if continues is None else f", continues {continues}")
 
 
 def model_name(path: str) -> str:
@@ -164,7 +173,7 @@ def fixed(sizes: Sizes) -> list[list[Case]]:
 
 
 def _ways(sizes: Sizes) -> Iterable[tuple[str, int]]:
-    """Strategies and GPUs; a strategy's one process comes before the others, which then find it compiled."""
+    """Strategies and GPUs."""
     for strategy in sizes.strategies:
         for gpus in sizes.processes:
             # DDP on one GPU is `single`; tensor parallelism needs a pair.
@@ -209,6 +218,18 @@ def checkpoint(sizes: Sizes) -> list[list[Case]]:
         killed = replace(case, save_at=((WARMUP + 3, False), (WARMUP + 6, True)), kill=True)
         stages += [[killed], [replace(case, resume=killed.label, stop_after=3)]]
     return stages
+
+
+def left(plan: list[list[Case]], done: set[str]) -> list[list[Case]]:
+    """Leave out what is done; but what another case continues is run again, as its checkpoints were not kept.
+
+    Args:
+        plan: The cases of a stage.
+        done: Labels of cases that have a row. A case that is killed has none: one row stands for it and what follows.
+    """
+    wanted = [case for cases in plan for case in cases if case.label not in done and not case.kill]
+    labels = {case.label for case in wanted} | {case.resume for case in wanted}
+    return [[case for case in cases if case.label in labels] for cases in plan]
 
 
 CASES = {"weak": weak, "fixed": fixed, "parity": parity, "checkpoint": checkpoint}

@@ -10,6 +10,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,10 +33,12 @@ from mhf_lightning.bench.scaling.cases import (
     Case,
     Sizes,
     divisors,
+    label,
+    left,
     model_name,
 )
 from mhf_lightning.bench.scaling.processes import Outcome, case_folder, free_port, run_cases, start_server
-from mhf_lightning.bench.scaling.report import tables, write_report
+from mhf_lightning.bench.scaling.report import read, tables, write_report
 from mhf_lightning.plan.flops import flops_per_token
 
 FILES = {
@@ -44,7 +47,9 @@ FILES = {
     "curves": results.CURVE_COLUMNS,
     "checkpoint": results.CHECKPOINT_COLUMNS,
 }
-CPU_PROCESSES = (1, 2)
+CPU_PROCESSES = (2,)
+# Of the facts, those in which the calls of one folder may differ: each row has its date, and a driver is the machine's.
+OF_A_CALL = ("date", "command", "driver", "topology", "continued")
 PREFLIGHT_SECONDS = 300
 
 DESCRIPTION = """\
@@ -70,7 +75,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--strategies", nargs="+", choices=STRATEGIES, help="default: all; on a CPU all but DeepSpeed's"
     )
-    parser.add_argument("--processes", type=int, nargs="+", metavar="N", help="default: the divisors of the GPUs")
+    parser.add_argument(
+        "--processes", type=int, nargs="+", metavar="N", help="default: the divisors of the GPUs, but 1"
+    )
     parser.add_argument("--micro_batch", type=int, default=8, metavar="B", help="sequences for each GPU (default 8)")
     parser.add_argument("--global_batch", type=int, default=64, metavar="G", help="sequences of the stage fixed (64)")
     parser.add_argument("--length", type=int, default=4096, metavar="L", help="tokens of a sequence (default 4096)")
@@ -80,7 +87,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--timeout", type=float, default=180.0, metavar="S", help="seconds for a case (default 180)")
     parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="folder of the results (default runs/bench-scaling-DATE-TIME)"
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder of the results (default runs/bench-scaling-DATE-TIME); that of an earlier call is continued",
     )
     parser.add_argument(
         "--report_from",
@@ -95,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0, 1 if a case failed or differs, or 2 for wrong use."""
     argv = sys.argv[1:] if argv is None else argv
     args = build_parser().parse_args(argv)
+    terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a call that is cut leaves no rank behind
     try:
         if args.report_from is not None:
             print(write_report(args.report_from))
@@ -106,18 +117,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         measure.say("interrupted; the CSV files hold what was measured")
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, terminate)
 
 
 def run(args: argparse.Namespace, command: str) -> int:
-    """Run the stages; write a CSV for each kind, environment.json and preflight.json.
+    """Run what is left of the stages; write a CSV for each kind, environment.json and preflight.json.
 
     Args:
         args: The parsed options.
         command: How this was started, for environment.json.
 
     Raises:
-        ValueError: No model, or a number that cannot be.
-        FileExistsError: The folder holds results already.
+        ValueError: No model, a number that cannot be, or a folder with results that the new ones do not go with.
     """
     gpus = measure.visible_gpus()
     sizes = sizes_of(args, gpus)
@@ -125,12 +137,9 @@ def run(args: argparse.Namespace, command: str) -> int:
     plans = {stage: CASES[stage](sizes) for stage in args.stages if stage in CASES}  # what cannot be is refused first
     models = {model: read_model(Path(model)) for model in sizes.models}
     output = args.output or Path(f"runs/bench-scaling-{datetime.datetime.now():%Y%m%d-%H%M%S}")
-    for name in ("environment.json", "preflight.json", *(f"{name}.csv" for name in FILES)):
-        if (output / name).exists():
-            raise FileExistsError(f"{output / name} exists; name another --output, or move the old results away")
-    output.mkdir(parents=True, exist_ok=True)
-    facts = {"command": command, "seed": SEED, **environment(gpus)}
-    (output / "environment.json").write_text(json.dumps(facts, indent=2) + "\n")
+    common = {name: value for name, value in vars(sizes).items() if name not in ("models", "strategies")}
+    facts = {"command": command, "seed": SEED, **common, **environment(gpus)}
+    prepare(output, facts)
     print("\n".join(f"{name}: {value}" for name, value in facts.items()) + "\n", flush=True)
 
     with tempfile.TemporaryDirectory(prefix="mhf-scaling-", ignore_cleanup_errors=True) as scratch:
@@ -144,7 +153,7 @@ def run(args: argparse.Namespace, command: str) -> int:
                 continue
             if not plans[stage]:
                 measure.say(f"{stage}: needs more than one GPU")
-            for cases in plans[stage]:
+            for cases in left(plans[stage], results_of.done):
                 run_cases(cases, slots, threads, folder, args.timeout, results_of.add, results_of.begin)
         results_of.close()
     print(tables(output, []), flush=True)
@@ -152,6 +161,31 @@ def run(args: argparse.Namespace, command: str) -> int:
         f"results: {output}; with the figures of mhf plan, and a plot: mhf bench scaling --report_from {output}"
     )
     return 0 if ok and results_of.ok else 1
+
+
+def prepare(output: Path, facts: dict[str, Any]) -> None:
+    """Write environment.json, or add this call to that of an earlier one.
+
+    Raises:
+        ValueError: The folder's rows were measured by other code, with other settings, or on another machine.
+    """
+    path = output / "environment.json"
+    if not path.exists():
+        for name in ("preflight.json", *(f"{name}.csv" for name in FILES)):
+            if (output / name).exists():
+                raise ValueError(f"{output / name} is there without environment.json; name another --output")
+        output.mkdir(parents=True, exist_ok=True)
+    else:
+        first = json.loads(path.read_text())
+        pairs = {name: (first.get(name), facts.get(name)) for name in {**first, **facts} if name not in OF_A_CALL}
+        wrong = [f"{name} was {then}, is {now}" for name, (then, now) in pairs.items() if then != now]
+        if facts["commit"] == measure.UNKNOWN_COMMIT:
+            wrong.append(f"commit is {measure.UNKNOWN_COMMIT}")
+        if wrong:
+            raise ValueError(f"{output} cannot be continued: {'; '.join(wrong)}; name another --output")
+        continued = f"{facts['date']}, driver {facts.get('driver')}: {facts['command']}"
+        facts = {**first, "continued": [*first.get("continued", []), continued]}
+    path.write_text(json.dumps(facts, indent=2) + "\n")
 
 
 def sizes_of(args: argparse.Namespace, slots: list[str]) -> Sizes:
@@ -165,7 +199,7 @@ def sizes_of(args: argparse.Namespace, slots: list[str]) -> Sizes:
     names = [model_name(model) for model in args.models]
     if len(set(names)) < len(names):
         raise ValueError("two model files have the same folder and name; the tables could not tell them apart")
-    processes = sorted(set(args.processes or (divisors(len(slots)) if slots else CPU_PROCESSES)))
+    processes = sorted(set(args.processes or (divisors(len(slots))[1:] or [1] if slots else CPU_PROCESSES)))
     if processes[0] < 1 or (slots and processes[-1] > len(slots)):
         raise ValueError(f"--processes {processes}: they must be from 1 to the number of GPUs, {len(slots)}")
     for name in ("micro_batch", "global_batch", "length", "steps"):
@@ -177,7 +211,7 @@ def sizes_of(args: argparse.Namespace, slots: list[str]) -> Sizes:
     return Sizes(
         tuple(args.models),
         tuple(sorted(strategies, key=STRATEGIES.index)),
-        tuple(processes),
+        processes,
         micro_batch=args.micro_batch,
         global_batch=args.global_batch,
         length=args.length,
@@ -188,10 +222,11 @@ def sizes_of(args: argparse.Namespace, slots: list[str]) -> Sizes:
 
 
 class Results:
-    """Turns cases that have ended into rows, written at once.
+    """Turns cases that have ended into rows, written at once after those of earlier calls.
 
     Attributes:
         ok: No case has failed or differs; running out of memory is a result.
+        done: Labels of the cases that had a row before.
     """
 
     def __init__(self, output: Path, scratch: Path, facts: dict[str, str], flops: dict[str, float]) -> None:
@@ -201,7 +236,27 @@ class Results:
         self._files: dict[str, report.CsvFile] = {}
         self._baselines: dict[tuple[str, str], Row] = {}
         self._references: dict[str, results.Curve] = {}
+        self.done: set[str] = set()
+        self._read()
         self._killed: tuple[Case, Outcome] | None = None
+
+    def _read(self) -> None:
+        """Take the rows of earlier calls."""
+        scaling, parity, curves, checkpoint = (read(self._output, name, columns) for name, columns in FILES.items())
+        for row in scaling:
+            self.done.add(label(row["stage"], row["model"], row["strategy"], row["gpus"]))
+            if row["strategy"] == "single":
+                self._baselines[row["stage"], row["model"]] = row
+        for row in parity:
+            self.done.add(label("parity", row["model"], row["strategy"], row["gpus"], row.get("continues")))
+            if row["strategy"] == "single" and "continues" not in row and row["status"] == "ok":
+                self._references[row["model"]] = {}
+        for row in curves:
+            if row["strategy"] == "single" and "continues" not in row and row["model"] in self._references:
+                self._references[row["model"]][row["step"]] = row["loss"], row["grad_norm"]
+        for row in checkpoint:
+            way = row["strategy"], row["gpus"]
+            self.done.add(label("checkpoint", row["model"], *way, f"{way[0]} on {way[1]}"))
 
     def begin(self, case: Case) -> None:
         """Say that a case begins."""
@@ -210,12 +265,14 @@ class Results:
     def add(self, case: Case, outcome: Outcome) -> None:
         """Take a case that has ended."""
         row: Row | None
-        if case.stage == "parity":
+        if case.label in self.done:  # has a row, and ran again for its checkpoints
+            row = None
+        elif case.stage == "parity":
             row = self._parity(case, outcome)
         elif case.stage == "checkpoint":
             row = self._checkpoint(case, outcome)
         else:
-            key = case.stage, case.model
+            key = case.stage, model_name(case.model)
             row = results.scaling_row(case, outcome, self.flops[case.model], self._baselines.get(key))
             if case.strategy == "single":
                 self._baselines[key] = row
@@ -228,8 +285,8 @@ class Results:
 
     def _parity(self, case: Case, outcome: Outcome) -> Row:
         if case.strategy == "single" and case.resume is None and outcome.status == "ok":
-            self._references[case.model] = results.curve(outcome)
-        row = results.parity_row(case, outcome, self._references.get(case.model))
+            self._references[model_name(case.model)] = results.curve(outcome)
+        row = results.parity_row(case, outcome, self._references.get(model_name(case.model)))
         for step, (loss, norm) in results.curve(outcome).items():
             self._write("curves", row | {"step": step, "loss": loss, "grad_norm": norm})
         self._write("parity", row)
@@ -249,7 +306,7 @@ class Results:
 
     def _write(self, name: str, row: Row) -> None:
         if name not in self._files:
-            self._files[name] = report.CsvFile(self._output / f"{name}.csv", FILES[name])
+            self._files[name] = report.CsvFile(self._output / f"{name}.csv", FILES[name], go_on=True)
         row = self._about | row
         self._files[name].write({column: row[column] for column in FILES[name] if column in row})
 
@@ -261,6 +318,8 @@ class Results:
 
 def preflight(slots: list[str], found: Path, scratch: Path) -> bool:
     """Let `mhf_lightning.preflight` take each GPU for a node; it prints its table. Return whether all is well."""
+    if found.exists():  # from an earlier call
+        return True
     if len(slots) == 1:
         measure.say("preflight: needs more than one GPU")
         return True

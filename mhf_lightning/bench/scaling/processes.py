@@ -40,6 +40,7 @@ class Outcome:
         events: The lines of each rank.
         seconds: From the start of the processes to the end of the last.
         ended: When the end was seen, in seconds since the epoch.
+        beside: Labels of the cases that ran on other GPUs meanwhile.
         log: The end of what the rank that failed has printed.
     """
 
@@ -47,6 +48,7 @@ class Outcome:
     events: list[Events]
     seconds: float
     ended: float
+    beside: tuple[str, ...] = ()
     log: str = ""
 
     def done(self) -> list[dict[str, Any]]:
@@ -79,29 +81,35 @@ def run_cases(
     on_end: Callable[[Case, Outcome], None],
     on_start: Callable[[Case], None],
 ) -> None:
-    """Run cases in their order, side by side where there are GPUs for them.
+    """Run cases, those of most GPUs first, side by side where there are GPUs for them; on the CPU one at a time.
+
+    In this order powers of two leave no GPU idle before the end, and a run that is cut has the largest.
 
     Args:
         cases: What to run.
-        slots: What CUDA_VISIBLE_DEVICES calls each GPU; on the CPU as many empty strings as ranks may run at a time.
+        slots: What CUDA_VISIBLE_DEVICES calls each GPU; on the CPU as many empty strings as a case may have ranks.
         threads: CPU threads of a rank.
         folder: For what ranks write; checkpoints of earlier cases are found there.
         timeout: Seconds for a case.
         on_end: Called with each case that has ended.
         on_start: Called with each case that begins.
     """
-    waiting, free = list(cases), list(slots)
+    waiting, free = sorted(cases, key=lambda case: -case.gpus), list(slots)
     running: list[_Running] = []
     try:
         while waiting or running:
-            while waiting and waiting[0].gpus <= len(free):
+            while waiting and waiting[0].gpus <= len(free) and (free[0] or not running):  # CPU cores are shared
                 case = waiting.pop(0)
                 on_start(case)
-                running.append(_Running(case, [free.pop(0) for _ in range(case.gpus)], folder, threads))
+                begun = _Running(case, [free.pop(0) for _ in range(case.gpus)], folder, threads)
+                for other in running:
+                    other.beside.append(case.label)
+                    begun.beside.append(other.case.label)
+                running.append(begun)
             time.sleep(POLL)
             for over in [each for each in running if each.is_over(timeout)]:
                 running.remove(over)
-                free += over.slots
+                free = sorted(free + over.slots, key=slots.index)  # neighbours are closer where links differ
                 on_end(over.case, over.end())
     finally:
         for each in running:
@@ -125,6 +133,7 @@ class _Running:
 
     def __init__(self, case: Case, slots: list[str], folder: Path, threads: int) -> None:
         self.case, self.slots = case, slots
+        self.beside: list[str] = []
         self.folder = case_folder(folder, case.label)
         self.folder.mkdir(parents=True)
         self.begun, self.ended, self.status = time.monotonic(), 0.0, ""
@@ -168,7 +177,7 @@ class _Running:
         status, guilty = (self.status, 0) if self.status != "failed" else _why(codes, events)
         log = self.folder / f"rank{guilty}.log"
         text = "" if status == "ok" or not log.exists() else log.read_text(errors="replace")[-3000:]
-        return Outcome(status, events, time.monotonic() - self.begun, ended, text)
+        return Outcome(status, events, time.monotonic() - self.begun, ended, tuple(self.beside), text)
 
     def kill(self) -> None:
         """End all ranks at once."""
@@ -215,7 +224,7 @@ def enter(rank: int, environment: dict[str, str], order: dict[str, Any]) -> None
         os.dup2(log.fileno(), sys.stderr.fileno())
     os.environ.update(environment)
     lines = Lines(folder / f"rank{rank}.jsonl")
-    lines.write(started=True)
+    lines.write(started=True, devices=environment.get("CUDA_VISIBLE_DEVICES"))
     failed = False
     try:
         from mhf_lightning.bench.scaling.rank import train

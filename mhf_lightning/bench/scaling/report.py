@@ -8,25 +8,28 @@ from pathlib import Path
 from typing import Any
 
 from mhf_lightning.bench.report import NOT_MEASURED, CsvFile, Row, markdown
-from mhf_lightning.bench.scaling.cases import TENSOR_PARALLEL
+from mhf_lightning.bench.scaling.cases import STRATEGIES, TENSOR_PARALLEL
 from mhf_lightning.bench.scaling.results import CHECKPOINT_COLUMNS, GIB, PARITY_COLUMNS, SCALING_COLUMNS
 
 PLAN_COLUMNS = ("stage", "model", "strategy", "gpus", "plan_peak_gib", "peak_gib", "plan_tokens_per_s", "tokens_per_s")
 PLAN_MFU = 0.4  # what `mhf plan` takes unless it is told another
 SHARES = ("efficiency", "mfu")
+AIMS = {("ddp", 8): 0.95, ("fsdp2", 8): 0.92}  # of the efficiency
 PANELS = {"tokens_per_s": "tokens/s", "efficiency": "efficiency", "peak_gib": "peak memory of a rank (GiB)"}
 
 SCALING_HEADINGS = {
     **{"strategy": "strategy", "gpus": "GPUs", "batch": "batch", "step_ms": "step ms"},
     **{"tokens_per_s_per_gpu": "tokens/s per GPU", "tokens_per_s": "tokens/s", "efficiency_share": "efficiency"},
-    **{"mfu_share": "MFU", "peak_gib": "peak GiB", "lowest_peak_gib": "lowest rank's", "start_s": "start s"},
+    **{"aim_share": "aim", "mfu_share": "MFU"},
+    **{"peak_gib": "peak GiB", "lowest_peak_gib": "lowest rank's", "start_s": "start s"},
 }
+BESIDE_HEADINGS = {"beside": "ran beside", "status": "status"}
 PLAN_HEADINGS = {"plan_peak_gib": "plan: peak GiB", "plan_tokens_per_s": f"plan: tokens/s at {PLAN_MFU:.0%} MFU"}
 PARITY_HEADINGS = {
     **{"model": "model", "strategy": "strategy", "gpus": "GPUs", "continues": "continues", "steps": "steps"},
     **{"loss_difference": "loss: largest difference", "median_loss_difference": "median"},
     **{"grad_norm_difference": "gradient norm: largest", "median_grad_norm_difference": "median"},
-    **{"first_loss": "first loss", "last_loss": "last loss", "status": "status"},
+    **{"first_loss": "first loss", "last_loss": "last loss", **BESIDE_HEADINGS},
 }
 CHECKPOINT_HEADINGS = {
     **{"model": "model", "gpus": "GPUs", "checkpoint_gib": "GiB", "stall_s": "save: stall s", "gib_per_s": "GiB/s"},
@@ -70,11 +73,13 @@ def tables(folder: Path, plans: list[Row]) -> str:
     """
     parts = []
     rows = read(folder, "scaling", SCALING_COLUMNS)
-    beside = [row | plan for row, plan in zip(rows, plans, strict=True)] if plans else rows
-    headings = {**SCALING_HEADINGS, **(PLAN_HEADINGS if plans else {}), "status": "status"}
+    both = [row | plan for row, plan in zip(rows, plans, strict=True)] if plans else rows
+    headings = {**SCALING_HEADINGS, **(PLAN_HEADINGS if plans else {}), **BESIDE_HEADINGS}
+    if not any((row["strategy"], row["gpus"]) in AIMS for row in both):
+        del headings["aim_share"]
     key = {"weak": "the same work for each GPU", "fixed": "a fixed global batch"}
-    for stage, model in dict.fromkeys((row["stage"], row["model"]) for row in beside):
-        chosen = [_shown(row) for row in beside if (row["stage"], row["model"]) == (stage, model)]
+    for stage, model in dict.fromkeys((row["stage"], row["model"]) for row in both):
+        chosen = [_shown(row) for row in _in_order(both) if (row["stage"], row["model"]) == (stage, model)]
         first = chosen[0]
         title = f"{model}, {key[stage]}; L {first['L']}, {first['precision']}"
         parts.append(f"## {title}\n\n{markdown(headings, chosen)}")
@@ -84,7 +89,7 @@ def tables(folder: Path, plans: list[Row]) -> str:
         tolerances = f"{first['loss_tolerance']:g} for the loss, {first['grad_norm_tolerance']:g} for the gradient norm"
         title = f"Against one GPU, step by step; relative differences, at most {tolerances}"
         blocks = f"{first.get('num_layers', NOT_MEASURED)} blocks, L {first['L']}, {first['precision']}"
-        text = markdown(PARITY_HEADINGS, [_shown(row) for row in parity])
+        text = markdown(PARITY_HEADINGS, [_shown(row) for row in _in_order(parity)])
         parts.append(f"## {title}\n\n{blocks}, {first['global_batch']} sequences a step\n\n{text}")
     checkpoint = read(folder, "checkpoint", CHECKPOINT_COLUMNS)
     if checkpoint:
@@ -97,8 +102,20 @@ def tables(folder: Path, plans: list[Row]) -> str:
     return "\n\n".join(parts)
 
 
+def _in_order(rows: list[Row]) -> list[Row]:
+    """Return rows of cases that ended in any order by model, strategy and GPUs, what was continued last."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    ways = ["single", *STRATEGIES]
+
+    def place(row: Row) -> tuple[Any, ...]:
+        return models.index(row["model"]), row.get("continues", ""), ways.index(row["strategy"]), row["gpus"]
+
+    return sorted(rows, key=place)
+
+
 def _shown(row: Row) -> Row:
     shown = row | {f"{name}_share": row[name] for name in SHARES if name in row}
+    shown["aim_share"] = AIMS.get((row["strategy"], row["gpus"]))
     if "micro_batch" in row:
         shown["batch"] = f"{row['micro_batch']} x {row['accumulate']}" + (
             "" if row["compiled"] == "True" else ", eager"

@@ -20,14 +20,14 @@ SCALING_COLUMNS = (
     *("stage", *_CASE, "micro_batch", "accumulate", "global_batch", "L", "precision", "compiled"),
     *("num_layers", "parameters", "steps", "step_ms", "slowest_step_ms", "tokens_per_s", "tokens_per_s_per_gpu"),
     *("efficiency", "flops_per_token", "mfu", "peak_gib", "lowest_peak_gib", "reserved_gib", "start_s", "case_s"),
-    *("file", *ABOUT),
+    *("beside", "file", *ABOUT),
 )
 PARITY_COLUMNS = (
     *_CASE,
     *("continues", "global_batch", "L", "precision", "compiled", "num_layers", "parameters", "steps"),
     *("loss_difference", "median_loss_difference", "grad_norm_difference", "median_grad_norm_difference"),
     *("loss_tolerance", "grad_norm_tolerance", "first_loss", "last_loss", "case_s"),
-    *ABOUT,
+    *("beside", *ABOUT),
 )
 CURVE_COLUMNS = ("model", "strategy", "gpus", "continues", "step", "loss", "grad_norm")
 CHECKPOINT_COLUMNS = (
@@ -51,6 +51,12 @@ def identity(case: Case) -> Row:
     }
 
 
+def _ended(case: Case, outcome: Outcome) -> Row:
+    """Return the columns of any case that has ended; `beside` without the stage, which is the same."""
+    beside = "; ".join(label.partition(", ")[2] for label in outcome.beside) or "none"
+    return identity(case) | {"status": outcome.status, "case_s": outcome.seconds, "beside": beside}
+
+
 def scaling_row(case: Case, outcome: Outcome, flops_per_token: float, baseline: Row | None) -> Row:
     """Return the row of a measured training, with what could be measured.
 
@@ -60,7 +66,7 @@ def scaling_row(case: Case, outcome: Outcome, flops_per_token: float, baseline: 
         flops_per_token: Of the model, forward and backward.
         baseline: The row of one process of the same stage and model.
     """
-    row = identity(case) | {"status": outcome.status, "case_s": outcome.seconds, "flops_per_token": flops_per_token}
+    row = _ended(case, outcome) | {"flops_per_token": flops_per_token}
     if outcome.status != "ok":
         return row
     done = outcome.done()
@@ -121,10 +127,10 @@ def parity_row(case: Case, outcome: Outcome, reference: Curve | None) -> Row:
         reference: What one process computed; None where that failed.
     """
     loss_tolerance, norm_tolerance = TOLERANCES[case.precision]
-    row = identity(case) | {"status": outcome.status, "case_s": outcome.seconds}
+    row = _ended(case, outcome)
     row |= {"loss_tolerance": loss_tolerance, "grad_norm_tolerance": norm_tolerance}
-    if case.resume is not None:
-        row["continues"] = case.resume.rpartition(": ")[2]
+    if case.continues is not None:
+        row["continues"] = case.continues
     if outcome.status != "ok":
         return row
     steps = curve(outcome)
