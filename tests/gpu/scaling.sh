@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
 # Everything that needs several GPUs of one host. Usage: tests/gpu/scaling.sh OUT [STAGE ...]   (a folder a stage in OUT)
-#   preflight   all-reduce bandwidth of each pair of GPUs, and of all of them
-#   weak        370M, FlashMHF and SwiGLU, every strategy, the same work for each GPU
-#   parity      the widths of 370M with 4 blocks: losses and gradient norms of 50 steps; saved on N GPUs, continued on M
-#   large       1.3B, FlashMHF and SwiGLU, FSDP2, the same work for each GPU
-#   checkpoint  1.3B, FlashMHF, FSDP2: saves, and a rank that is killed
-#   fixed       370M, DDP and FSDP2, 64 sequences a step
+# On the right: what to expect on 4 GPUs, estimated from 22 to 40 s a case on 2 H100s.
+#   preflight   all-reduce bandwidth of each pair of GPUs, and of all of them                                30-60 s
+#   weak        370M, FlashMHF and SwiGLU, every strategy, the same work for each GPU                      350-640 s
+#   parity      the widths of 370M with 4 blocks: losses and gradient norms of 50 steps; saved on N GPUs,
+#               continued on M                                                                             320-540 s
+#   large       1.3B, FlashMHF and SwiGLU, FSDP2, the same work for each GPU                               160-240 s
+#   checkpoint  1.3B, FlashMHF, FSDP2: saves, and a rank that is killed                                    120-200 s
+#   fixed       370M, DDP and FSDP2, 64 sequences a step                                                   170-280 s
 # Without a stage: all, in this order. A stage that fails does not stop the next; the exit code tells.
+# Where a call is limited: `timeout 560 tests/gpu/scaling.sh OUT`, and the same again, with the same OUT and the same commit
+# (MHF_COMMIT where there is no git), until all is there: every call goes on with the cases that have no row yet.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:?usage: tests/gpu/scaling.sh OUT [preflight|weak|parity|large|checkpoint|fixed ...]}
@@ -22,18 +26,18 @@ large=(configs/paper/1.3b/{flash_mhf_dh128,swiglu}.yaml)
 for stage in "$@"; do
     case $stage in
     preflight) options=(--stages preflight) ;;
-    weak) options=("${small[@]}" --stages weak) ;;
-    parity) options=("${small[@]}" --stages parity) ;;
+    weak) options=("${small[@]}" --stages weak --timeout 120) ;;
+    parity) options=("${small[@]}" --stages parity --timeout 120) ;;
     large) options=("${large[@]}" --stages weak --strategies fsdp2 --micro_batch 4) ;;
     checkpoint) options=("${large[0]}" --stages checkpoint --micro_batch 4 --timeout 300) ;;
-    fixed) options=("${small[@]}" --stages fixed --strategies ddp fsdp2 --steps 5) ;;
+    fixed) options=("${small[@]}" --stages fixed --strategies ddp fsdp2 --steps 5 --timeout 120) ;;
     *)
         echo "unknown stage $stage" >&2
         exit 2
         ;;
     esac
     SECONDS=0
-    "$python" -m mhf_lightning.cli bench scaling "${options[@]}" --output "$out/$stage" 2>&1 | tee "$out/$stage.log" || status=1
+    "$python" -m mhf_lightning.cli bench scaling "${options[@]}" --output "$out/$stage" 2>&1 | tee -a "$out/$stage.log" || status=1
     echo "$stage: $SECONDS s"
 done
 exit $status
