@@ -14,11 +14,13 @@ from torch import Tensor
 class Deferring(Callback):
     """Does what it leaves at ``on_train_batch_end`` in turns, which are taken when the device is busy.
 
-    The training module waits for the device once a step, before the optimiser, so at ``on_train_batch_end`` the device
-    has little left to do, and waits for the host, which catches up in the forward at best. A turn is therefore
-    ``on_before_optimizer_step``, when a backward is queued and the host would only wait for it. What work defers itself
-    comes a turn, a step, later. Turns are the same on all ranks, so work may be a collective. It may read from the
-    device by a :class:`HostCopy` of an earlier turn only: anything else waits for all that is queued.
+    The host is ahead of the device by a step at most: before an update the training module waits until the device has
+    come to the one before. At ``on_train_batch_end`` the device may have little left to do: always where the module has
+    to wait for all of the backward (DeepSpeed), else where launches take the host as long as they take the device. A
+    turn is therefore ``on_before_optimizer_step``, when a forward and a backward are queued behind that, and the host
+    would only wait. What work defers itself comes a turn, a step, later. Turns are the same on all ranks, so work may
+    be a collective. It may read from the device by a :class:`HostCopy` of an earlier turn only, for which the host
+    waits no longer than it would for the update: anything else waits for all that is queued.
 
     Nothing is left when a save asks for the state, when validation begins, and when training ends. After an exception
     what is left is dropped: a collective, or the device, might never answer.

@@ -63,8 +63,8 @@ class _LoggingStep:
     Attributes:
         step: That of the point.
         lr: The learning rate; the schedule has changed the optimiser's own.
-        norms: Norm before clipping over all tokens, and those of the groups in the units of backward; on the device.
-            None under DeepSpeed, and where the step was left out.
+        norms: 1 where the step was left out, else 0; the norm before clipping over all tokens; those of the groups in
+            the units of backward; on the device. None under DeepSpeed.
     """
 
     step: int
@@ -115,11 +115,11 @@ class ModelHealth(Deferring):
         assert pl_module.step_loss is not None
         self._losses.append((trainer.global_step, pl_module.step_loss))
         if is_logging_step(trainer):
-            norms, before = self._norms, pl_module.step_grad_norm
-            if norms is not None and before is not None and self._has_gradients():
-                norms = torch.cat((before.double()[None], norms))
-            else:
-                norms = None
+            norms, left_out, before = self._norms, pl_module.step_left_out, pl_module.step_grad_norm
+            if norms is not None:
+                assert left_out is not None
+                assert before is not None
+                norms = torch.cat((torch.stack((left_out, before)), norms))
             self.defer(partial(self._measure, trainer, _LoggingStep(point_step(trainer), self._lr, norms)))
 
     def state_dict(self) -> dict[str, Any]:
@@ -131,10 +131,6 @@ class ModelHealth(Deferring):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from stored averages."""
         self.spikes = LossSpikes(**state_dict)
-
-    def _has_gradients(self) -> bool:
-        """Return whether the step was made from gradients of parameters: not where it was left out."""
-        return any(parameter.grad is not None for group in self._groups.values() for parameter in group)
 
     def _group_norms(self) -> Tensor | None:
         """Return the norms of the groups' gradients, on the device; None where some have none, as under DeepSpeed."""
@@ -159,8 +155,8 @@ class ModelHealth(Deferring):
         self._take_in(steps, losses)
         values = {"health/loss_spike": self._highest}
         self._highest = 0.0
-        if of.norms is not None:
-            before, *rest = rest
+        if of.norms is not None and not rest[0]:  # not left out
+            before, *rest = rest[1:]
             norms, squares = rest[: len(self._groups)], rest[len(self._groups) :]
             scale = before / (math.hypot(*norms) or 1.0)  # backward's units differ by one factor
             values |= {f"health/grad_norm/{name}": scale * n for name, n in zip(self._groups, norms, strict=True)}

@@ -1,6 +1,7 @@
 """The LightningModule: loss over global valid tokens, optimiser, schedule, and what a checkpoint must hold."""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
@@ -12,6 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from mhf_kernels import FlashMHF
 from torch import Tensor
 
+from mhf_lightning.callbacks.deferred import HostCopy
 from mhf_lightning.callbacks.exact_resume import ExactResume
 from mhf_lightning.checkpoint.files import TensorFile
 from mhf_lightning.metrics import TokenPerplexity
@@ -20,12 +22,27 @@ from mhf_lightning.model.checkpointing import ActivationCheckpointing
 from mhf_lightning.model.loss import LossSums
 from mhf_lightning.model.parallel import broadcast_weights, shard, split_heads
 from mhf_lightning.training.gradients import Gradients, ParameterGradients, ZeroGradients
-from mhf_lightning.training.optimizer import OptimizerConfig, ScheduleConfig, build_adamw
-from mhf_lightning.training.ranks import data_parallel_group, data_parallel_ranks
+from mhf_lightning.training.optimizer import OptimizerConfig, ScheduleConfig, build_adamw, leave_out_on_device
+from mhf_lightning.training.ranks import data_parallel_group, data_parallel_ranks, sum_over_ranks
 
 
 class NonFiniteError(RuntimeError):
     """Loss or gradients were NaN or infinite more often in a row than ``max_skipped_steps`` allows."""
+
+
+@dataclass
+class _Step:
+    """An optimiser step of which the host does not know yet whether it was left out.
+
+    Attributes:
+        number: Steps before it.
+        measured: Loss and gradient norm, and 1 where they had it left out, else 0; the last one is that of all ranks.
+        window: Of each micro-batch ``[nll, tokens]`` and sample_index, on the device.
+    """
+
+    number: int
+    measured: HostCopy
+    window: list[tuple[Tensor, Tensor]]
 
 
 class PretrainModule(LightningModule):
@@ -36,7 +53,9 @@ class PretrainModule(LightningModule):
     before clipping, when the number of tokens is known. So the result is the same however tokens are dealt to ranks.
 
     A step whose loss or gradient norm is NaN or infinite on any rank is left out on all of them, without a trace in
-    weights or optimiser; the schedule and the data go on.
+    weights or optimiser; the schedule and the data go on. Where the optimiser decides that on the device (torch's
+    fused AdamW, that is on GPUs without DeepSpeed), the host hears of it before the next update, a save, a validation
+    and the end of training: counters, warning and error come at most one step later, with the number of their own.
     """
 
     def __init__(
@@ -95,6 +114,8 @@ class PretrainModule(LightningModule):
         self._model_configured = False
         self.step_loss: Tensor | None = None  # of the last optimiser step, over all ranks; on the device
         self.step_grad_norm: Tensor | None = None  # the same, before clipping
+        self.step_left_out: Tensor | None = None  # 1 where the step was left out, else 0; the same on all ranks
+        self._uncounted: _Step | None = None  # the last step, until the host knows of it
         self._positions_per_batch = 0
         self._window: list[tuple[Tensor, Tensor]] = []  # ([nll, tokens] float64, sample_index) of each micro-batch
 
@@ -147,7 +168,7 @@ class PretrainModule(LightningModule):
         Raises:
             ValueError: There is nothing to tune: no FlashMHF, or no GPU.
         """
-        self._window = []
+        self._window, self._uncounted = [], None
         if not self.tune_kernels:
             return
         d_h = {layer.d_h for layer in self.decoder.modules() if isinstance(layer, FlashMHF)}
@@ -224,17 +245,19 @@ class PretrainModule(LightningModule):
     ) -> None:
         """Divide the gradients by the global number of tokens, clip their global norm, and log the step.
 
-        What is not finite is dropped. The decision needs one number on the host: one synchronisation a step.
+        What is not finite is left out, by the optimiser on the device where it can. The host then waits for what was
+        queued before the last step's update only, so the device always has nearly a step's work before it; else it
+        waits for this step's gradients, and the device for the host.
 
         Raises:
             NonFiniteError: More steps in a row than allowed were not finite; the message names their last samples.
         """
         if self.trainer.fit_loop._should_accumulate():
             return  # DeepSpeed asks after every micro-batch
+        self._count_step()  # before anything else: an error has to come before this update
         window, self._window = self._window, []
-        reduce = self.trainer.strategy.reduce
         totals = torch.stack([seen for seen, _ in window]).sum(0)
-        totals = reduce(totals, group=data_parallel_group(self.trainer), reduce_op="sum")
+        totals = sum_over_ranks(totals, data_parallel_group(self.trainer))
         loss, num_tokens = totals[0] / totals[1].clamp_min(1), totals[1].clamp_min(1)
 
         # Backward has summed losses over positions, averaged over micro-batches and data-parallel ranks.
@@ -243,22 +266,23 @@ class PretrainModule(LightningModule):
         gradients = self._gradients()
         norm = gradients.norm() * terms / num_tokens
         max_norm = self.optimizer_config.grad_clip or float("inf")
-        finite = reduce((loss + norm).isfinite().double(), reduce_op="min")
-        if bool(finite):
+        left_out = sum_over_ranks((loss + norm).isfinite().logical_not().double()).clamp_max(1.0)
+        skipped_steps = self.skipped_steps + left_out  # with this one
+        self._uncounted = _Step(self.trainer.global_step, HostCopy(torch.stack((loss, norm, left_out))), window)
+        if leave_out_on_device(optimizer, left_out) or self._count_step():
             gradients.scale(terms / num_tokens * (max_norm / (norm + 1e-6)).clamp_max(1.0))
-            self._skipped_in_a_row = 0
         else:
             gradients.drop()
-            self._count_skipped(loss, norm, window)
-        self.step_loss, self.step_grad_norm = loss, norm
-        # Without prog_bar: Lightning would turn it into a number, and so wait for the device, at the end of each step.
+        self.step_loss, self.step_grad_norm, self.step_left_out = loss, norm, left_out
+        # No step waits for the device here: without prog_bar Lightning makes no numbers of tensors at its end, and what
+        # the host knows stays a tensor of the host, where a float would be copied to the device.
         self.log("train/loss", loss.float())
         self.log("train/perplexity", loss.exp().float())
         self.log_dict({f"train/{key}": value.float() for key, value in self._bits_per_byte(loss, "train").items()})
         self.log("train/grad_norm", norm.float())
-        self.log("train/lr", optimizer.param_groups[0]["lr"])
-        self.log("train/tokens", float(self.tokens_seen))
-        self.log("train/skipped_steps", float(self.skipped_steps))
+        self.log("train/lr", torch.tensor(optimizer.param_groups[0]["lr"]))
+        self.log("train/tokens", torch.tensor(float(self.tokens_seen)))
+        self.log("train/skipped_steps", skipped_steps.float())
 
     def _gradients(self) -> Gradients:
         zero_optimizer = getattr(self.trainer.model, "optimizer", None)  # the model is DeepSpeed's engine, if any
@@ -266,17 +290,31 @@ class PretrainModule(LightningModule):
             return ZeroGradients(zero_optimizer)
         return ParameterGradients(self.decoder.parameters())
 
-    def _count_skipped(self, loss: Tensor, norm: Tensor, window: list[tuple[Tensor, Tensor]]) -> None:
+    def _count_step(self) -> bool:
+        """Hear of the last step, unless that was done before; return False and count it where it was left out.
+
+        All ranks hear the same.
+
+        Raises:
+            NonFiniteError: It is one too many (a collective: the message names the samples of all ranks).
+        """
+        step, self._uncounted = self._uncounted, None
+        if step is None:
+            return True
+        loss, norm, left_out = step.measured.read().tolist()
+        if not left_out:
+            self._skipped_in_a_row = 0
+            return True
         self.skipped_steps += 1
         self._skipped_in_a_row += 1
-        what = f"step {self.trainer.global_step}: loss {float(loss)}, gradient norm {float(norm)}"
+        what = f"step {step.number}: loss {loss}, gradient norm {norm}"
         if self._skipped_in_a_row <= self.max_skipped_steps:
             rank_zero_warn(
                 f"{what}: left out, {self._skipped_in_a_row} in a row of at most {self.max_skipped_steps}",
                 category=RuntimeWarning,
             )
-            return
-        samples = [(sample, bool(seen[0].isfinite())) for seen, ids in window for sample in ids.tolist()]
+            return False
+        samples = [(sample, bool(seen[0].isfinite())) for seen, ids in step.window for sample in ids.tolist()]
         gathered: list[Any] = [samples]
         if dist.is_available() and dist.is_initialized():
             gathered = [None] * dist.get_world_size()
@@ -301,6 +339,14 @@ class PretrainModule(LightningModule):
             self.trainer.optimizers[0].zero_grad()
         self._positions_per_batch = batch["labels"].numel()
         self.tokens_seen += self._positions_per_batch * data_parallel_ranks(self.trainer)[1]
+
+    def on_validation_start(self) -> None:
+        """Count the last step before its validation."""
+        self._count_step()
+
+    def on_train_epoch_end(self) -> None:
+        """Count the last step; callbacks take ``on_train_end``, which is later, for a good end."""
+        self._count_step()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Add a batch to the validation perplexity."""
@@ -355,6 +401,7 @@ class PretrainModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the architecture as a plain dictionary, and the counters."""
+        self._count_step()
         checkpoint["decoder_config"] = self.decoder.config.to_dict()
         checkpoint["tokens_seen"] = self.tokens_seen
         # Not under "skipped_steps": DeepSpeed keeps a count of its own by that name among these values.

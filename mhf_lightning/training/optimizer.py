@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Optional
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass
@@ -138,6 +138,22 @@ def _split_by_mesh(group: dict[str, Any]) -> list[dict[str, Any]]:
     for parameter in group["params"]:
         by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
     return [{**group, "params": parameters} for parameters in by_mesh.values()]
+
+
+def leave_out_on_device(optimizer: torch.optim.Optimizer, left_out: Tensor) -> bool:
+    """Let the device decide whether the next step is left out, and return True where the optimiser can: fused AdamW.
+
+    Its kernels, the CPU's too, read ``found_inf``, which torch has for loss scaling: where that is 1, weights, moments
+    and step counts stay as they are, whatever the gradients.
+
+    Args:
+        optimizer: Its next step is meant; this has to be called again for the one after it.
+        left_out: A scalar on the parameters' device, 1 to leave the step out, else 0.
+    """
+    if not isinstance(optimizer, torch.optim.AdamW) or not all(group["fused"] for group in optimizer.param_groups):
+        return False
+    optimizer.found_inf = left_out.float()  # type: ignore[attr-defined]
+    return True
 
 
 def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:

@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import torch.distributed as dist
 from lightning.pytorch import Trainer
+from torch import Tensor
 
 
 def data_parallel_ranks(trainer: Trainer) -> tuple[int, int]:
@@ -20,6 +22,16 @@ def data_parallel_group(trainer: Trainer) -> Any:
     """Return the process group of this process's data-parallel ranks; None means all processes."""
     mesh = getattr(trainer.strategy, "_device_mesh", None)
     return None if mesh is None else mesh["data_parallel"].get_group()
+
+
+def sum_over_ranks(tensor: Tensor, group: Any = None) -> Tensor:
+    """Add a tensor up in place over the ranks of a group, by default all, and return it; on a GPU it is only queued.
+
+    Lightning's ``strategy.reduce`` begins with a barrier, in which the host waits for the device.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(tensor, group=group)
+    return tensor
 
 
 def is_first_of_replica(trainer: Trainer) -> bool:

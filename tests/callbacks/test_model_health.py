@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from timed_run import CONFIG, train, train_on_ranks
+from timed_run import CONFIG, Timed, train, train_on_ranks
 
 from mhf_lightning.callbacks.model_health import LossSpikes, ModelHealth, group_of, groups, squared_norms
 from mhf_lightning.model import Decoder
@@ -76,13 +76,15 @@ def test_norms_of_groups_are_those_before_clipping(monkeypatch):
     assert 0 < points["health/update_to_weight"][2] < 0.1
 
 
-def test_a_step_that_was_left_out_has_no_norms(monkeypatch):
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_step_that_was_left_out_has_no_norms(on_device, monkeypatch):
     class Poison(ModelHealth):
         def on_before_backward(self, trainer, pl_module, loss):
             if trainer.global_step == 1:
                 loss.register_hook(lambda grad: grad * float("nan"))
             super().on_before_backward(trainer, pl_module, loss)
 
+    monkeypatch.setattr(Timed, "fused", on_device)
     monkeypatch.setattr("timed_run.callbacks_of", lambda case: [Poison()])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

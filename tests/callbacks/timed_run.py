@@ -140,6 +140,7 @@ class Timed(PretrainModule):
     """Takes ``SECONDS``, and much longer for its first micro-batch."""
 
     compiled = False
+    fused = False  # AdamW as on a GPU
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         CLOCK.advance(SECONDS["forward"] if self.compiled else COMPILE)
@@ -147,6 +148,12 @@ class Timed(PretrainModule):
         loss = super().training_step(batch, batch_idx)
         loss.register_hook(lambda grad: CLOCK.advance(SECONDS["backward"]))
         return loss
+
+    def configure_optimizers(self) -> Any:
+        configured: Any = super().configure_optimizers()
+        for group in configured["optimizer"].param_groups:
+            group["fused"] = self.fused
+        return configured
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         CLOCK.advance(SECONDS["optimizer"])

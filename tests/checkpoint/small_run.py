@@ -56,6 +56,7 @@ class Run:
     validate_every: int = 5  # optimiser steps
     poisoned: tuple[int, ...] = ()  # steps whose loss is NaN, counted from 1
     max_skipped_steps: int = 3
+    fused: bool = False  # AdamW as on a GPU, where steps are left out on the device, and counted one step later
     weights: int = 32  # d_model
     stop_at: int | None = None  # end the processes, as cut off, when this step was done and its checkpoint committed
     environment: dict[str, str] = field(default_factory=dict)
@@ -84,11 +85,17 @@ def make_corpus(folder: Path) -> str:
 class Poisoned(PretrainModule):
     """Spoils the loss of the run's ``poisoned`` steps."""
 
-    poisoned: tuple[int, ...]
+    run: Run
 
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
-        return loss * float("nan") if self.trainer.global_step + 1 in self.poisoned else loss
+        return loss * float("nan") if self.trainer.global_step + 1 in self.run.poisoned else loss
+
+    def configure_optimizers(self):
+        configured = super().configure_optimizers()
+        for group in configured["optimizer"].param_groups:
+            group["fused"] = self.run.fused
+        return configured
 
 
 class Log(Callback):
@@ -159,7 +166,7 @@ def train(run: Run, rank: int, port: int, ckpt_path: str | None, attempt: int, s
     optimizer = OptimizerConfig(lr=1e-2, grad_clip=0.5)
     schedule = ScheduleConfig(warmup_steps=3, total_steps=40)
     module = Poisoned(decoder, optimizer, schedule, z_loss=1e-4, max_skipped_steps=run.max_skipped_steps)
-    module.poisoned = run.poisoned
+    module.run = run
     strategy: Any = {
         "single": lambda: MHFSingleDevice("cpu"),
         "ddp": lambda: MHFDDP(process_group_backend="gloo"),

@@ -3,21 +3,29 @@
 import importlib.util
 
 import pytest
-from small_run import Run, Started, finish, replace
+from small_run import Run, Started, assert_equal, finish, replace
 
 pytestmark = [pytest.mark.slow, pytest.mark.serial]
 no_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the extra 'deepspeed'")
 
 
-@pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp2", "tp", pytest.param("zero2", marks=no_deepspeed)])
-def test_the_count_of_skipped_steps_survives_a_resume(small_corpus, tmp_path, strategy):
+@pytest.mark.parametrize(
+    ("strategy", "fused"),
+    [
+        *(("single", False), ("ddp", False), ("fsdp2", False), ("tp", False)),
+        *(("single", True), ("fsdp2", True)),
+        pytest.param("zero2", False, marks=no_deepspeed),
+    ],
+)
+def test_the_count_of_skipped_steps_survives_a_resume(small_corpus, tmp_path, strategy, fused):
     """Steps 4, 5 and 6 are bad, of which two in a row are allowed; the checkpoint is that of step 5."""
     run = Run(
         small_corpus, str(tmp_path / "run"), strategy, ranks=1 if strategy == "single" else 2, accumulate=1, every=5,
-        validate_every=100, poisoned=(2, 4, 5, 6), max_skipped_steps=2,
+        validate_every=100, poisoned=(2, 4, 5, 6), max_skipped_steps=2, fused=fused,
     )  # fmt: skip
     finish(replace(run, stop_at=5))
-    assert [event["skipped"] for event in run.logs()[0] if event.get("replica") == 0][:5] == [0, 1, 1, 2, 3]
+    counted = [event["skipped"] for event in run.logs()[0] if event.get("replica") == 0]
+    assert counted[:5] == ([0, 0, 1, 1, 2] if fused else [0, 1, 1, 2, 3])
     resumed = Started(run, "auto")
     assert resumed.wait() == [1] * run.ranks
     assert "NonFiniteError: step 5: " in resumed.output()
@@ -30,3 +38,17 @@ def test_the_curve_of_skipped_steps_goes_on(small_corpus, tmp_path):
     finish(run, "auto")
     cut, resumed = ([event["skipped"] for event in events if "skipped" in event] for events in run.logs())
     assert cut + resumed == [0, 1, 1, 2, 3, 3, 4, 4, 4, 4]
+
+
+@pytest.mark.parametrize(("strategy", "ranks"), [("single", 1), ("tp", 2)])
+def test_a_resume_behind_a_step_left_out_on_the_device_is_exact(small_corpus, tmp_path, strategy, ranks):
+    """The first step too, of which AdamW keeps a state that it has not used."""
+    run = Run(
+        small_corpus, str(tmp_path / "whole"), strategy, ranks, accumulate=1, every=5, validate_every=100,
+        poisoned=(1, 5, 6), fused=True,
+    )  # fmt: skip
+    finish(run)
+    cut = replace(run, folder=str(tmp_path / "cut"))
+    finish(replace(cut, stop_at=5))
+    finish(cut, "auto")
+    assert_equal(cut.checkpoints / "step-10", run.checkpoints / "step-10")

@@ -46,6 +46,6 @@ def run_cases(cases: dict[str, dict[str, Any]], world: int, folder: Path) -> Res
     """Train every case on ``world`` processes; return one dict of results by case for each rank.
 
     A case has ``strategy`` and may have steps, accumulate, ffn, num_kv_heads, tie_embeddings, grad_clip, precision,
-    module (arguments of PretrainModule), poison (steps, rank, what).
+    module (arguments of PretrainModule), poison (steps, rank, what, and fused: AdamW as on a GPU).
     """
     return run_processes("worker.py", cases, world, folder)

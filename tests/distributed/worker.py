@@ -86,6 +86,7 @@ class Record(Callback):
         self.grad_norm: list[float] = []
         self.reduce_scatters: list[int] = []
         self.gradients: list[int] = []
+        self.barriers: list[int] = []
 
     def on_after_backward(self, trainer: Trainer, pl_module: Any) -> None:
         if isinstance(trainer.strategy, MHFDDP):
@@ -94,6 +95,7 @@ class Record(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         self.reduce_scatters.append(reduce_scatters.pop())
         reduce_scatters.append(0)
+        self.barriers.append(barriers[0])
         if not trainer.fit_loop._should_accumulate():
             self.loss.append(trainer.callback_metrics["train/loss"].item())
             self.grad_norm.append(trainer.callback_metrics["train/grad_norm"].item())
@@ -113,6 +115,18 @@ def counted_reduce_scatter(*args: Any, **kwargs: Any) -> Any:
 
 
 setattr(torch.distributed, NAME, counted_reduce_scatter)
+
+# Calls by anyone, so far.
+barriers = [0]
+real_barrier = torch.distributed.barrier
+
+
+def counted_barrier(*args: Any, **kwargs: Any) -> Any:
+    barriers[0] += 1
+    return real_barrier(*args, **kwargs)
+
+
+torch.distributed.barrier = counted_barrier
 
 
 def strategy_of(name: str, world: int) -> Any:
@@ -134,6 +148,12 @@ class Poisoned(PretrainModule):
 
     poison: dict[str, Any]
 
+    def configure_optimizers(self) -> Any:
+        configured: Any = super().configure_optimizers()
+        for group in configured["optimizer"].param_groups:
+            group["fused"] = self.poison.get("fused")  # as on a GPU, where the device leaves steps out
+        return configured
+
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = super().training_step(batch, batch_idx)
         here = self.trainer.global_step in self.poison["steps"] and self.trainer.global_rank == self.poison["rank"]
@@ -154,13 +174,13 @@ class Poisoned(PretrainModule):
 
 
 def fingerprint(module: PretrainModule) -> list[float]:
-    """Hashes of this rank's part of all weights and optimiser states."""
+    """Hashes of this rank's part of all weights and optimiser states; zeros, which AdamW begins with, are none."""
     # Under ZeRO-3 a parameter holds its weight only while its module runs; ds_tensor is this rank's part.
     tensors = [getattr(p, "ds_tensor", p).detach() for p in module.decoder.parameters()]
     optimizer = module.trainer.optimizers[0]
     inner = getattr(optimizer, "optimizer", optimizer)
     for state in inner.state.values():
-        tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
+        tensors += [value for value in state.values() if isinstance(value, torch.Tensor) and value.any()]
     if hasattr(inner, "param_groups"):
         tensors += [p.detach() for group in inner.param_groups for p in group["params"]]
     return [bits(t.to_local() if isinstance(t, DTensor) else t) for t in tensors]
@@ -217,6 +237,7 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
     trainer.fit(module, Blocks(steps, accumulate))
     result = {"loss": record.loss, "grad_norm": record.grad_norm, "tokens_seen": module.tokens_seen}
     result |= {"reduce_scatters": record.reduce_scatters, "gradients": record.gradients}
+    result |= {"barriers": record.barriers}
     result |= {"skipped_steps": module.skipped_steps, "reduced_types": sorted(reduced_types)}
     if "poison" in case:
         result["changed"] = module.changed

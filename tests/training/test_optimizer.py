@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mhf_lightning.model import Decoder, DecoderConfig, FFNConfig
-from mhf_lightning.training.optimizer import OptimizerConfig, ScheduleConfig, build_adamw
+from mhf_lightning.training.optimizer import OptimizerConfig, ScheduleConfig, build_adamw, leave_out_on_device
 
 
 def test_cosine():
@@ -78,3 +78,34 @@ def test_routers_can_have_a_learning_rate_of_their_own():
     )
     with pytest.raises(ValueError, match="router_lr_scale is for models with routers"):
         build_adamw(Decoder(plain), OptimizerConfig(router_lr_scale=3.0))
+
+
+def test_the_fused_adamw_leaves_out_the_steps_that_it_is_told_to():
+    """Bitwise, with gradients that are not finite: what torch promises for loss scaling only."""
+
+    def train(bad: tuple[int, ...], told: bool) -> tuple[list[torch.Tensor], torch.optim.Optimizer]:
+        generator = torch.Generator().manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.ones(5, 3)), torch.nn.Parameter(torch.ones(7))]
+        optimizer = torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.3, fused=True)
+        for step in range(6):
+            for p in parameters:
+                p.grad = torch.randn(p.shape, generator=generator)
+                if step in bad:
+                    p.grad = p.grad * math.nan if told else None
+            assert leave_out_on_device(optimizer, torch.tensor(float(step in bad), dtype=torch.float64))
+            optimizer.step()
+        return parameters, optimizer
+
+    (ours, told), (theirs, plain) = train((0, 2, 3), True), train((0, 2, 3), False)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
+        assert told.state[a]["step"] == 3
+        assert all(torch.equal(told.state[a][key], plain.state[b][key]) for key in plain.state[b])
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_other_optimisers_are_not_told(kind):
+    """They would not look, or refuse."""
+    optimizer = kind([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+    assert not leave_out_on_device(optimizer, torch.tensor(1.0))
+    assert not hasattr(optimizer, "found_inf")
