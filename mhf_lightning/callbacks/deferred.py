@@ -19,8 +19,9 @@ class Deferring(Callback):
     to wait for all of the backward (DeepSpeed), else where launches take the host as long as they take the device. A
     turn is therefore ``on_before_optimizer_step``, when a forward and a backward are queued behind that, and the host
     would only wait. What work defers itself comes a turn, a step, later. Turns are the same on all ranks, so work may
-    be a collective. It may read from the device by a :class:`HostCopy` of an earlier turn only, for which the host
-    waits no longer than it would for the update: anything else waits for all that is queued.
+    be a collective. It may read from the device by a :class:`HostCopy` that began before this step only: the host then
+    waits for the end of the step before, and the device has this forward and backward to do. Anything else waits for
+    all that is queued.
 
     Nothing is left when a save asks for the state, when validation begins, and when training ends. After an exception
     what is left is dropped: a collective, or the device, might never answer.

@@ -280,8 +280,8 @@ class PretrainModule(LightningModule):
         self.log("train/perplexity", loss.exp().float())
         self.log_dict({f"train/{key}": value.float() for key, value in self._bits_per_byte(loss, "train").items()})
         self.log("train/grad_norm", norm.float())
-        self.log("train/lr", torch.tensor(optimizer.param_groups[0]["lr"]))
-        self.log("train/tokens", torch.tensor(float(self.tokens_seen)))
+        self.log("train/lr", torch.tensor(optimizer.param_groups[0]["lr"], dtype=torch.float64))
+        self.log("train/tokens", torch.tensor(self.tokens_seen, dtype=torch.float64))
         self.log("train/skipped_steps", skipped_steps.float())
 
     def _gradients(self) -> Gradients:

@@ -2,9 +2,11 @@
 
 import pytest
 import timed_run
+import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.trainer.connectors.logger_connector import result
-from timed_run import Points, train
+from timed_run import Points, Timed, train
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mhf_lightning.callbacks.deferred import Deferring
 from mhf_lightning.callbacks.layout import Layout
@@ -142,3 +144,27 @@ def test_no_step_makes_numbers_for_a_progress_bar(monkeypatch, tmp_path):
     monkeypatch.setattr(result, "convert_tensors_to_scalars", made.append)
     train({**RUN, "logdir": str(tmp_path)})
     assert not made
+
+
+def test_only_steps_that_log_ask_tensors_for_numbers(monkeypatch):
+    """Of the module and Lightning, with AdamW as on a GPU; tests/gpu has the callbacks, and the waits themselves."""
+
+    class Asked(TorchDispatchMode, Callback):
+        def __init__(self):
+            super().__init__()
+            self.now, self.steps = 0, []  # what came since the last micro-batch began; the steps in which some came
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.now += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+        def on_train_batch_start(self, trainer, *_):
+            self.steps += [trainer.global_step] if self.now else []
+            self.now = 0
+
+    asked = Asked()
+    monkeypatch.setattr(Timed, "fused", True)
+    with_callback(asked, monkeypatch)
+    with asked:
+        train({**RUN, "rows": [[4] * 20], "steps": 10, "every": 3, "monitored": False})
+    assert asked.steps == [0, 3, 6, 9]  # 0: before training
