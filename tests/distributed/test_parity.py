@@ -120,6 +120,15 @@ def and_fused(cases: dict) -> dict:
 
 
 POISONED, STOPPED, ABORTED, ONE_SIDED = map(and_fused, (POISONED, STOPPED, ABORTED, ONE_SIDED))
+# Meshes of two dimensions, which the fused optimiser takes one at a time.
+ON_FOUR = {
+    f"fsdp2_tp {what}, fused": {
+        "strategy": "fsdp2_tp",
+        "steps": 6,
+        "poison": {**POISON, "rank": 3, "what": what, "fused": True},
+    }
+    for what in ("gradient", "reported loss")
+}
 
 
 def marks(name: str) -> list:
@@ -159,6 +168,7 @@ def two(tmp_path_factory) -> Results:
 @pytest.fixture(scope="module")
 def four(tmp_path_factory) -> Results:
     cases = {name: {**case, "steps": STEPS} for name, (world, case) in LONG.items() if world == 4}
+    cases |= ON_FOUR
     return run_cases(available(cases), 4, tmp_path_factory.mktemp("four"))
 
 
@@ -236,6 +246,13 @@ def test_a_step_that_is_not_finite_on_one_rank_leaves_no_trace_on_any(name, two)
 @pytest.mark.parametrize("name", ONE_SIDED)
 def test_ranks_of_a_split_replica_agree(name, two):
     for rank in two:
+        assert rank[name]["skipped_steps"] == 3
+        assert rank[name]["changed"] == [False, True, False, False, True]
+
+
+@pytest.mark.parametrize("name", ON_FOUR)
+def test_ranks_of_split_and_sharded_replicas_agree(name, four):
+    for rank in four:
         assert rank[name]["skipped_steps"] == 3
         assert rank[name]["changed"] == [False, True, False, False, True]
 
