@@ -2,7 +2,8 @@
 
 A program has one producer warp, which copies tiles to shared memory by TMA, and two consumer warpgroups, which multiply
 (wgmma). Rings of buffers lie between them; a buffer has a barrier `full` that its copies complete, and a barrier
-`empty` at which its readers arrive. Names of the mathematics are those of `triton_kernels`:
+`empty` at which its readers arrive. In dQ and dR the warpgroups issue their products in turns (`_turns`). Names of the
+mathematics are those of `triton_kernels`:
 
     forward    A = r G N             O += A V
     backward   dN = r D G            dM = r D N SiLU'(M)      dR += rowsum(D G N)
@@ -13,6 +14,7 @@ Invariants:
 - Tokens past the last one are filled with zeros by TMA: SiLU(0) * 0 = 0, so they add nothing, and are not stored.
 - A product that is still running may read its left operand from registers. Each such operand is named in the wait for
   its product: otherwise ptxas before 13.3 may give its registers to others (triton#9433).
+- With turns, rings of K and U have two buffers or more: a tile's is free one tile later.
 - There are no branches between products that run (ptxas 12.8 made wrong code of them): what must happen only for some
   tiles is predicated.
 - Sums are float32, in a fixed order, without atomics: repeats are bitwise equal.
@@ -45,7 +47,7 @@ def _sigmoid(m, FAST: gl.constexpr):
 @gluon.jit
 def _hidden(m, n, gate, dtype: gl.constexpr, left: gl.constexpr, FAST: gl.constexpr):
     """Return A = r SiLU(M) N as a left operand; rows are tokens."""
-    if FAST:  # as in `_sigmoid`, with two operations fewer: m / 2 (1 + tanh(m / 2))
+    if FAST:  # as in `_sigmoid`, with one operation fewer: m / 2 (1 + tanh(m / 2))
         h = 0.5 * m
         t = gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [h], gl.float32, is_pure=True, pack=1)
         g = h * t + h
@@ -163,7 +165,8 @@ def _forward_consumer(
     mbarrier.wait(q_full, 0)
     if E:
         _compute_gate(q, gate_source[0], gate_source[1], WG, E)
-    # Two operands in shared memory take all of its bandwidth at 64 columns. Up to 128 of d_h, Q fits into registers.
+    # Two operands in shared memory take all of its bandwidth at 64 columns, most of it at 128. Up to d_h = 128 Q fits
+    # into registers.
     if D <= 128:
         q = q.load(gl.DotOperandLayout(0, score, 2))
     mbarrier.wait(ku_full.index(0), 0)
