@@ -34,10 +34,15 @@ ROWS: gl.constexpr = gl.constexpr(64)  # of a consumer warpgroup: what one wgmma
 
 
 @gluon.jit
+def _fast_tanh(x):
+    return gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
 def _sigmoid(m, FAST: gl.constexpr):
     """Return the logistic function of float32 `m`; FAST: by the hardware's tanh, absolute error up to 2^-12."""
     if FAST:
-        t = gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [0.5 * m], gl.float32, is_pure=True, pack=1)
+        t = _fast_tanh(0.5 * m)
         s = 0.5 + 0.5 * t
     else:
         s = 1.0 / (1.0 + gl.exp(-m))
@@ -49,8 +54,7 @@ def _hidden(m, n, gate, dtype: gl.constexpr, left: gl.constexpr, FAST: gl.conste
     """Return A = r SiLU(M) N as a left operand; rows are tokens."""
     if FAST:  # as in `_sigmoid`, with one operation fewer: m / 2 (1 + tanh(m / 2))
         h = 0.5 * m
-        t = gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [h], gl.float32, is_pure=True, pack=1)
-        g = h * t + h
+        g = h * _fast_tanh(h) + h
     else:
         g = m * _sigmoid(m, FAST)
     return gl.convert_layout((g * n * gate[:, None]).to(dtype), left)
