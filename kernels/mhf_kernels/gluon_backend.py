@@ -47,10 +47,9 @@ class Rings:
 
 
 # By d_h: what fits into the 227 KiB of a multiprocessor and into 240 registers a thread.
-FORWARD = {64: Rings(128, 3, 3), 128: Rings(64, 3, 3), 256: Rings(32, 3, 3)}
-BACKWARD_TOKENS = {64: Rings(64, 3, 3), 128: Rings(64, 3, 2)}
-BACKWARD_WEIGHTS_D_H = 128
-BACKWARD_WEIGHTS_STAGES = 2
+FORWARD = {64: Rings(64, 4, 4), 128: Rings(64, 3, 3), 256: Rings(32, 3, 3)}
+BACKWARD_TOKENS = {64: Rings(64, 3, 3), 128: Rings(64, 3, 2), 256: Rings(32, 2, 2)}
+BACKWARD_WEIGHTS = {64: 4, 128: 2}  # tiles of Q and dO
 MOST_SPLITS = 8  # of the tokens of dK, dU and dV: bounds the workspace
 ROUTED_D_H = (64, 128)  # at 256 there is no shared memory left for the router and the gate
 BLOCK_E = 32  # sub-networks that a forward with the router has room for
@@ -141,7 +140,7 @@ def backward(
         dk, du, dv = _or_triton(
             lambda: _backward_weights(grad_o, q, k, u, v, r, need_weights),
             lambda: portable((False, *need_weights, False))[1:4],
-            wanted=d_h == BACKWARD_WEIGHTS_D_H,
+            wanted=d_h in BACKWARD_WEIGHTS,
         )
     return dq if need_q else None, dk, du, dv, dr if need_r else None
 
@@ -201,7 +200,7 @@ def _backward_weights(
             gluon_kernels.backward_weights_kernel[part.grid](
                 *inputs, *outs, *r_seq.stride()[1:],
                 tokens, group, subnetworks * d_e, d_e // ROWS, tiles_m, part.first, part.share,
-                STAGES=BACKWARD_WEIGHTS_STAGES, FAST=triton_backend.gate() == "fast",
+                D=d_h, STAGES=BACKWARD_WEIGHTS[d_h], FAST=triton_backend.gate() == "fast",
                 NEED_K=needs_grad[0], NEED_U=needs_grad[1], NEED_V=needs_grad[2], num_warps=4,
             )  # fmt: skip
             own = slice(part.first * ROWS, (part.first + part.programs) * ROWS)

@@ -2,8 +2,8 @@
 
 A program has one producer warp, which copies tiles to shared memory by TMA, and two consumer warpgroups, which multiply
 (wgmma). Rings of buffers lie between them; a buffer has a barrier `full` that its copies complete, and a barrier
-`empty` at which its readers arrive. In dQ and dR the warpgroups issue their products in turns (`_turns`). Names of the
-mathematics are those of `triton_kernels`:
+`empty` at which its readers arrive. But for dK, dU and dV the warpgroups issue their products in turns (`_turns`).
+Names of the mathematics are those of `triton_kernels`:
 
     forward    A = r G N             O += A V
     backward   dN = r D G            dM = r D N SiLU'(M)      dR += rowsum(D G N)
@@ -50,8 +50,9 @@ def _sigmoid(m, FAST: gl.constexpr):
 
 
 @gluon.jit
-def _hidden(m, n, gate, dtype: gl.constexpr, left: gl.constexpr, FAST: gl.constexpr):
-    """Return A = r SiLU(M) N as a left operand; rows are tokens."""
+def _hidden(mn, gate, dtype: gl.constexpr, score: gl.constexpr, left: gl.constexpr, FAST: gl.constexpr):
+    """Return A = r SiLU(M) N as a left operand; rows are tokens, mn is M beside N."""
+    m, n = _halves(mn, score)
     if FAST:  # as in `_sigmoid`, with one operation fewer: m / 2 (1 + tanh(m / 2))
         h = 0.5 * m
         g = h * _fast_tanh(h) + h
@@ -126,22 +127,34 @@ def _gate_of(gate_source, WG: gl.constexpr, e, rows, inside, E: gl.constexpr, la
 
 
 @gluon.jit
-def _scores(q, ku, zeros):
-    """Begin M = Q K^T and N = Q U^T, where ku holds a tile of K and one of U."""
-    BLOCK_N: gl.constexpr = ku.shape[0] // 2
-    m = warpgroup_mma(q, ku.slice(0, BLOCK_N).permute((1, 0)), zeros, use_acc=False, is_async=True)
-    n = warpgroup_mma(q, ku.slice(BLOCK_N, BLOCK_N).permute((1, 0)), zeros, use_acc=False, is_async=True)
-    return m, n
+def _halves(mn, layout: gl.constexpr):
+    """Return M and N, which lie beside one another in mn; no register moves."""
+    m, n = gl.split(gl.permute(gl.reshape(mn, [mn.shape[0], 2, mn.shape[1] // 2]), (0, 2, 1)))
+    return gl.convert_layout(m, layout, assert_trivial=True), gl.convert_layout(n, layout, assert_trivial=True)
 
 
 @gluon.jit
-def _wait_for_scores(m, n, q, RUNNING: gl.constexpr):
-    """Wait until no more than so many products run, and return the arguments; q may be an operand in registers."""
-    if isinstance(q, gl.tensor):
-        m, n, q = warpgroup_mma_wait(RUNNING, deps=[m, n, q])
-    else:
-        m, n = warpgroup_mma_wait(RUNNING, deps=[m, n])
-    return m, n, q
+def _turns():
+    """Return a barrier for each consumer warpgroup, at which the other one says that it has issued its products.
+
+    Warpgroup 0 issues those of a tile first. Then one computes gates while the tensor cores work for the other; without
+    turns both would do the same at the same time, and the tensor cores wait for both.
+    """
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(turns.index(i), count=1)
+    return turns
+
+
+@gluon.jit
+def _take_turn(turns, WG: gl.constexpr, i):
+    """Wait until the other warpgroup has issued the products of tile i, or of the one before."""
+    mbarrier.wait(turns.index(WG), (i + 1 + WG) & 1)
+
+
+@gluon.jit
+def _pass_turn(turns, WG: gl.constexpr):
+    mbarrier.arrive(turns.index(1 - WG), count=1)
 
 
 @gluon.jit
@@ -149,36 +162,35 @@ def _forward_consumer(
     WG: gl.constexpr, tokens, weights, gate_source, first, o, partials, block, start, column, length, tiles,
     TILES_E: gl.constexpr, FAST: gl.constexpr, PARTIAL: gl.constexpr, E: gl.constexpr,
 ):  # fmt: skip
-    q_buf, q_full = tokens
+    q_buf, q_full, turns = tokens
     ku_buf, v_buf, ku_full, ku_empty, v_full, v_empty = weights
     D: gl.constexpr = q_buf.shape[2]
     BLOCK_N: gl.constexpr = v_buf.shape[1]
     KU_STAGES: gl.constexpr = ku_buf.shape[0]
     V_STAGES: gl.constexpr = v_buf.shape[0]
     dtype: gl.constexpr = q_buf.dtype
+    both: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * BLOCK_N, 16])
     score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     out: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     left: gl.constexpr = gl.DotOperandLayout(0, out, 2)
 
     rows = start + WG * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, score))
     inside = rows < length
-    zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, score)
+    zeros = gl.zeros([ROWS, 2 * BLOCK_N], gl.float32, both)
     acc = gl.zeros([ROWS, D], gl.float32, out)
 
     q = q_buf.index(WG)
     mbarrier.wait(q_full, 0)
     if E:
         _compute_gate(q, gate_source[0], gate_source[1], WG, E)
-    # Two operands in shared memory take all of its bandwidth at 64 columns, most of it at 128. Up to d_h = 128 Q fits
-    # into registers.
-    if D <= 128:
-        q = q.load(gl.DotOperandLayout(0, score, 2))
     mbarrier.wait(ku_full.index(0), 0)
-    m, n = _scores(q, ku_buf.index(0), zeros)
+    _take_turn(turns, WG, 0)
+    mn = warpgroup_mma(q, ku_buf.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    _pass_turn(turns, WG)
     gate = _gate_of(gate_source, WG, first, rows, inside, E, gl.SliceLayout(1, score))
-    m, n, q = _wait_for_scores(m, n, q, 0)
+    mn = warpgroup_mma_wait(0, deps=[mn])
     mbarrier.arrive(ku_empty.index(0), count=1)
-    a = _hidden(m, n, gate, dtype, left, FAST)
+    a = _hidden(mn, gate, dtype, score, left, FAST)
 
     # The product with V of one tile runs beside the scores and the gate of the next one.
     for i in range(1, tiles):
@@ -187,11 +199,13 @@ def _forward_consumer(
         mbarrier.wait(ku_full.index(ku), (i // KU_STAGES) & 1)
         mbarrier.wait(v_full.index(vs), ((i - 1) // V_STAGES) & 1)
         gate = _gate_of(gate_source, WG, first + i // TILES_E, rows, inside, E, gl.SliceLayout(1, score))
-        m, n = _scores(q, ku_buf.index(ku), zeros)
+        _take_turn(turns, WG, i)
+        mn = warpgroup_mma(q, ku_buf.index(ku).permute((1, 0)), zeros, use_acc=False, is_async=True)
         acc = warpgroup_mma(a, v_buf.index(vs), acc, is_async=True)
-        m, n, q = _wait_for_scores(m, n, q, 1)
+        _pass_turn(turns, WG)
+        mn = warpgroup_mma_wait(1, deps=[mn])
         mbarrier.arrive(ku_empty.index(ku), count=1)
-        following = _hidden(m, n, gate, dtype, left, FAST)
+        following = _hidden(mn, gate, dtype, score, left, FAST)
         acc, a = warpgroup_mma_wait(0, deps=[acc, a])
         mbarrier.arrive(v_empty.index(vs), count=1)
         a = following
@@ -227,7 +241,7 @@ def _stream_weights(weights, k, u, v, row, tiles):
 
 @gluon.jit
 def _forward_producer(tokens, weights, gate_source, q, k, u, v, w, start, column, row, tiles, head, E: gl.constexpr):
-    q_buf, q_full = tokens
+    q_buf, q_full, _ = tokens
     if E:
         w_buf = gate_source[0]
         BLOCK_E: gl.constexpr = w_buf.shape[1]
@@ -279,6 +293,7 @@ def forward_kernel(
     q_buf = gl.allocate_shared_memory(q.dtype, [2, ROWS, D], q.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(q_full, count=1)
+    turns = _turns()
     weights = _weight_rings(k, BLOCK_N, D, KU_STAGES, V_STAGES)
     if E:
         BLOCK_E: gl.constexpr = w.block_type.shape[0]
@@ -289,7 +304,7 @@ def forward_kernel(
         gate_source = (w_buf, gates, gates._reinterpret(gl.float32, [2 * BLOCK_E, ROWS], a_row))
     else:
         gate_source = (r + head.to(gl.int64) * r_h, r_l, r_e)
-    tokens = (q_buf, q_full)
+    tokens = (q_buf, q_full, turns)
     fence_async_shared()
     column = head * D
     gl.warp_specialize(
@@ -313,30 +328,6 @@ def forward_kernel(
         [4, 1],
         [240, 24],
     )  # fmt: skip
-
-
-@gluon.jit
-def _turns():
-    """Return a barrier for each consumer warpgroup, at which the other one says that it has issued its products.
-
-    Warpgroup 0 issues those of a tile first. Then one computes gates while the tensor cores work for the other; without
-    turns both would do the same at the same time, and the tensor cores wait for both.
-    """
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
-        mbarrier.init(turns.index(i), count=1)
-    return turns
-
-
-@gluon.jit
-def _take_turn(turns, WG: gl.constexpr, i):
-    """Wait until the other warpgroup has issued the products of tile i, or of the one before."""
-    mbarrier.wait(turns.index(WG), (i + 1 + WG) & 1)
-
-
-@gluon.jit
-def _pass_turn(turns, WG: gl.constexpr):
-    mbarrier.arrive(turns.index(1 - WG), count=1)
 
 
 @gluon.jit
@@ -423,9 +414,7 @@ def _backward_tokens_consumer(
 @gluon.jit
 def _score_gradients(mn, d, gate, dtype: gl.constexpr, score: gl.constexpr, left: gl.constexpr, FAST: gl.constexpr):
     """Return dM and dN as left operands, and what this tile adds to dR; rows are tokens, mn is M beside N."""
-    m, n = gl.split(gl.permute(gl.reshape(mn, [mn.shape[0], 2, mn.shape[1] // 2]), (0, 2, 1)))
-    m = gl.convert_layout(m, score, assert_trivial=True)
-    n = gl.convert_layout(n, score, assert_trivial=True)
+    m, n = _halves(mn, score)
     s = _sigmoid(m, FAST)
     g = m * s
     dr = gl.sum(d * g * n, axis=1)
@@ -516,68 +505,139 @@ def sum_partials_kernel(partials, o, length, heads, tiles_m, first_program, spli
 
 
 @gluon.jit
+def _weight_scores(WG: gl.constexpr, k_buf, u_buf, q_buf, zeros, stage, zero):
+    """Begin M and N, as `[rows of d_ff, tokens]`, of this warpgroup's tokens of a tile."""
+    HALVES: gl.constexpr = k_buf.shape[0]
+    mine = HALVES * (2 * stage + WG)
+    m = warpgroup_mma(k_buf.index(zero), q_buf.index(mine).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    if HALVES == 2:
+        m = warpgroup_mma(k_buf.index(zero + 1), q_buf.index(mine + 1).permute((1, 0)), m, is_async=True)
+    n = warpgroup_mma(u_buf.index(zero), q_buf.index(mine).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    if HALVES == 2:
+        n = warpgroup_mma(u_buf.index(zero + 1), q_buf.index(mine + 1).permute((1, 0)), n, is_async=True)
+    return m, n
+
+
+@gluon.jit
+def _weight_products(
+    WG: gl.constexpr, m, n, dk_acc, du_acc, dv_acc, v_buf, tokens, scores, zeros, i, zero, FAST: gl.constexpr,
+):  # fmt: skip
+    """Add tile i to the sums; those of dK and dU still run at the end, and read dM and dN, which are returned."""
+    q_buf, g_buf, r_buf, _, _ = tokens
+    STAGES: gl.constexpr = r_buf.shape[0] // 2
+    HALVES: gl.constexpr = v_buf.shape[0]
+    OTHER: gl.constexpr = 1 - WG
+    dtype: gl.constexpr = q_buf.dtype
+    score: gl.constexpr = m.type.layout
+    columns: gl.constexpr = gl.SliceLayout(0, score)
+    left: gl.constexpr = gl.DotOperandLayout(0, score, 2)
+    stage = i % STAGES
+    mine = HALVES * (2 * stage + WG)
+    own = mine + (HALVES - 1) * WG  # the same tokens, those columns of d_h whose sums this warpgroup owns
+    others = HALVES * (2 * stage + OTHER) + WG  # the other tokens, the same columns
+    d = warpgroup_mma(v_buf.index(zero), g_buf.index(mine).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    if HALVES == 2:
+        d = warpgroup_mma(v_buf.index(zero + 1), g_buf.index(mine + 1).permute((1, 0)), d, is_async=True)
+    gate = r_buf.index(2 * stage + WG).load(columns)
+    s = _sigmoid(m, FAST)
+    g = m * s
+    n = n * gate[None, :]
+    a = (g * n).to(dtype)
+    if HALVES == 2:
+        a_buf, dn_buf, dm_buf, a_ready, d_ready = scores
+        a_buf.index(WG).store(a)
+        fence_async_shared()
+        mbarrier.arrive(a_ready, count=1)
+    a = gl.convert_layout(a, left)
+    slope = n * (s + g * (1.0 - s))
+    g = g * gate[None, :]
+    dv_acc = warpgroup_mma(a, g_buf.index(own), dv_acc, is_async=True)
+    if HALVES == 2:
+        mbarrier.wait(a_ready, i & 1)
+        dv_acc = warpgroup_mma(a_buf.index(zero + OTHER), g_buf.index(others), dv_acc, is_async=True)
+    d = warpgroup_mma_wait(HALVES, deps=[d])
+    dn = (d * g).to(dtype)
+    dm = (d * slope).to(dtype)
+    # Both warpgroups have read A when both are past d_ready, and dN and dM of the tile before past a_ready.
+    dv_acc, a = warpgroup_mma_wait(0, deps=[dv_acc, a])
+    if HALVES == 2:
+        dn_buf.index(WG).store(dn)
+        dm_buf.index(WG).store(dm)
+        fence_async_shared()
+        mbarrier.arrive(d_ready, count=1)
+    dn = gl.convert_layout(dn, left)
+    dm = gl.convert_layout(dm, left)
+    du_acc = warpgroup_mma(dn, q_buf.index(own), du_acc, is_async=True)
+    dk_acc = warpgroup_mma(dm, q_buf.index(own), dk_acc, is_async=True)
+    if HALVES == 2:
+        mbarrier.wait(d_ready, i & 1)
+        du_acc = warpgroup_mma(dn_buf.index(zero + OTHER), q_buf.index(others), du_acc, is_async=True)
+        dk_acc = warpgroup_mma(dm_buf.index(zero + OTHER), q_buf.index(others), dk_acc, is_async=True)
+    return dk_acc, du_acc, dv_acc, dn, dm
+
+
+@gluon.jit
 def _backward_weights_consumer(
     WG: gl.constexpr, weights, tokens, scores, dk, du, dv, out_row, tiles,
     FAST: gl.constexpr, NEED_K: gl.constexpr, NEED_U: gl.constexpr, NEED_V: gl.constexpr,
 ):  # fmt: skip
     k_buf, u_buf, v_buf, w_full = weights
-    q_buf, g_buf, r_buf, full, empty = tokens
-    a_buf, dn_buf, dm_buf, a_ready, d_ready = scores
+    q_buf, _g_buf, r_buf, full, empty = tokens
     STAGES: gl.constexpr = r_buf.shape[0] // 2
-    dtype: gl.constexpr = q_buf.dtype
+    HALVES: gl.constexpr = k_buf.shape[0]
     score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
-    columns: gl.constexpr = gl.SliceLayout(0, score)
 
     zeros = gl.zeros([ROWS, ROWS], gl.float32, score)
     dv_acc = gl.zeros([ROWS, ROWS], gl.float32, score)
     du_acc = gl.zeros([ROWS, ROWS], gl.float32, score)
     dk_acc = gl.zeros([ROWS, ROWS], gl.float32, score)
     mbarrier.wait(w_full, 0)
-    for i in range(tiles):
+    mbarrier.wait(full.index(0), 0)
+    m, n = _weight_scores(WG, k_buf, u_buf, q_buf, zeros, 0, 0)
+    m, n = warpgroup_mma_wait(0, deps=[m, n])
+    # The scores of a tile run behind the products of the one before, so that nothing waits for them.
+    for i in range(tiles - 1):
         zero = _opaque_zero(i)
-        stage = i % STAGES
-        mine = 4 * stage + 2 * WG  # the tokens whose scores this warpgroup computes
-        half = 4 * stage + WG  # the half of d_h whose sums this warpgroup owns
-        mbarrier.wait(full.index(stage), (i // STAGES) & 1)
-        m = warpgroup_mma(k_buf.index(zero), q_buf.index(mine).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        m = warpgroup_mma(k_buf.index(zero + 1), q_buf.index(mine + 1).permute((1, 0)), m, is_async=True)
-        n = warpgroup_mma(u_buf.index(zero), q_buf.index(mine).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        n = warpgroup_mma(u_buf.index(zero + 1), q_buf.index(mine + 1).permute((1, 0)), n, is_async=True)
-        m, n = warpgroup_mma_wait(0, deps=[m, n])
-        d = warpgroup_mma(v_buf.index(zero), g_buf.index(mine).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        d = warpgroup_mma(v_buf.index(zero + 1), g_buf.index(mine + 1).permute((1, 0)), d, is_async=True)
-        gate = r_buf.index(2 * stage + WG).load(columns)
-        s = _sigmoid(m, FAST)
-        g = m * s
-        n = n * gate[None, :]
-        a_buf.index(WG).store((g * n).to(dtype))
-        fence_async_shared()
-        mbarrier.arrive(a_ready, count=1)
-        slope = n * (s + g * (1.0 - s))
-        g = g * gate[None, :]
-        mbarrier.wait(a_ready, i & 1)
-        dv_acc = warpgroup_mma(a_buf.index(zero), g_buf.index(half), dv_acc, is_async=True)
-        dv_acc = warpgroup_mma(a_buf.index(zero + 1), g_buf.index(half + 2), dv_acc, is_async=True)
-        d = warpgroup_mma_wait(2, deps=[d])
-        dn = (d * g).to(dtype)
-        dm = (d * slope).to(dtype)
-        # Both warpgroups have read A when both are past d_ready, and dN and dM of the tile before past a_ready.
-        dv_acc = warpgroup_mma_wait(0, deps=[dv_acc])
-        dn_buf.index(WG).store(dn)
-        dm_buf.index(WG).store(dm)
-        fence_async_shared()
-        mbarrier.arrive(d_ready, count=1)
-        mbarrier.wait(d_ready, i & 1)
-        du_acc = warpgroup_mma(dn_buf.index(zero), q_buf.index(half), du_acc, is_async=True)
-        du_acc = warpgroup_mma(dn_buf.index(zero + 1), q_buf.index(half + 2), du_acc, is_async=True)
-        dk_acc = warpgroup_mma(dm_buf.index(zero), q_buf.index(half), dk_acc, is_async=True)
-        dk_acc = warpgroup_mma(dm_buf.index(zero + 1), q_buf.index(half + 2), dk_acc, is_async=True)
-        du_acc, dk_acc = warpgroup_mma_wait(0, deps=[du_acc, dk_acc])
-        mbarrier.arrive(empty.index(stage), count=1)
+        dk_acc, du_acc, dv_acc, dn, dm = _weight_products(
+            WG, m, n, dk_acc, du_acc, dv_acc, v_buf, tokens, scores, zeros, i, zero, FAST
+        )
+        following = (i + 1) % STAGES
+        mbarrier.wait(full.index(following), ((i + 1) // STAGES) & 1)
+        m, n = _weight_scores(WG, k_buf, u_buf, q_buf, zeros, following, zero)
+        m, n, du_acc, dk_acc, dn, dm = warpgroup_mma_wait(0, deps=[m, n, du_acc, dk_acc, dn, dm])
+        mbarrier.arrive(empty.index(i % STAGES), count=1)
+    dk_acc, du_acc, dv_acc, dn, dm = _weight_products(
+        WG, m, n, dk_acc, du_acc, dv_acc, v_buf, tokens, scores, zeros, tiles - 1, 0, FAST
+    )
+    du_acc, dk_acc, dn, dm = warpgroup_mma_wait(0, deps=[du_acc, dk_acc, dn, dm])
 
-    rows = out_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, score))
-    cols = WG * ROWS + gl.arange(0, ROWS, layout=columns)
-    offsets = rows.to(gl.int64)[:, None] * (2 * ROWS) + cols[None, :]
+    if HALVES == 2:
+        _write_sums(WG * ROWS, dk_acc, du_acc, dv_acc, dk, du, dv, out_row, 2 * ROWS, NEED_K, NEED_U, NEED_V)
+    else:  # each warpgroup has the sums of its own tokens
+        sums, ready = scores
+        if WG == 1:
+            sums.index(0).store(dk_acc)
+            sums.index(1).store(du_acc)
+            sums.index(2).store(dv_acc)
+            mbarrier.arrive(ready, count=1)
+        else:
+            mbarrier.wait(ready, 0)
+            dk_acc += sums.index(0).load(score)
+            du_acc += sums.index(1).load(score)
+            dv_acc += sums.index(2).load(score)
+            _write_sums(0, dk_acc, du_acc, dv_acc, dk, du, dv, out_row, ROWS, NEED_K, NEED_U, NEED_V)
+
+
+@gluon.jit
+def _write_sums(
+    column, dk_acc, du_acc, dv_acc, dk, du, dv, out_row, D: gl.constexpr,
+    NEED_K: gl.constexpr, NEED_U: gl.constexpr, NEED_V: gl.constexpr,
+):  # fmt: skip
+    """Write 64 columns of dK, dU and dV, from `column` on, for 64 rows of d_ff."""
+    layout: gl.constexpr = dk_acc.type.layout
+    rows = out_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    cols = column + gl.arange(0, ROWS, layout=gl.SliceLayout(0, layout))
+    offsets = rows.to(gl.int64)[:, None] * D + cols[None, :]
     if NEED_K:
         gl.store(dk + offsets, dk_acc.to(dk.dtype.element_ty))
     if NEED_U:
@@ -593,8 +653,9 @@ def _backward_weights_producer(
     k_buf, u_buf, v_buf, w_full = weights
     q_buf, g_buf, r_buf, full, empty = tokens
     STAGES: gl.constexpr = r_buf.shape[0] // 2
-    mbarrier.expect(w_full, 6 * ROWS * ROWS * 2)
-    for half in gl.static_range(2):
+    HALVES: gl.constexpr = k_buf.shape[0]
+    mbarrier.expect(w_full, 3 * HALVES * ROWS * ROWS * 2)
+    for half in gl.static_range(HALVES):
         tma.async_copy_global_to_shared(k, [row, half * ROWS], w_full, k_buf.index(half))
         tma.async_copy_global_to_shared(u, [row, half * ROWS], w_full, u_buf.index(half))
         tma.async_copy_global_to_shared(v, [row, half * ROWS], w_full, v_buf.index(half))
@@ -605,11 +666,11 @@ def _backward_weights_producer(
         stage = i % STAGES
         bar = full.index(stage)
         mbarrier.wait(empty.index(stage), ((i // STAGES) & 1) ^ 1)
-        mbarrier.expect(bar, 8 * ROWS * ROWS * 2)
-        for part in gl.static_range(4):
-            at = [start + (part // 2) * ROWS, head * (2 * ROWS) + (part % 2) * ROWS]
-            tma.async_copy_global_to_shared(q, at, bar, q_buf.index(4 * stage + part))
-            tma.async_copy_global_to_shared(grad_o, at, bar, g_buf.index(4 * stage + part))
+        mbarrier.expect(bar, 4 * HALVES * ROWS * ROWS * 2)
+        for part in gl.static_range(2 * HALVES):
+            at = [start + (part // HALVES) * ROWS, (HALVES * head + part % HALVES) * ROWS]
+            tma.async_copy_global_to_shared(q, at, bar, q_buf.index(2 * HALVES * stage + part))
+            tma.async_copy_global_to_shared(grad_o, at, bar, g_buf.index(2 * HALVES * stage + part))
         r_head = r + head.to(gl.int64) * r_h
         for part in gl.static_range(2):
             rows = start + part * ROWS + token
@@ -622,17 +683,18 @@ def _backward_weights_producer(
 def backward_weights_kernel(
     q, grad_o, k, u, v, r, dk, du, dv, r_l, r_h, r_e,
     length, group, d_ff, blocks_e, tiles_m, first_program, share,
-    STAGES: gl.constexpr, FAST: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, FAST: gl.constexpr,
     NEED_K: gl.constexpr, NEED_U: gl.constexpr, NEED_V: gl.constexpr,
 ):  # fmt: skip
-    """Write dK, dU and dV of 64 rows of d_ff, for d_h = 128; with splits, what some of the tokens add to them.
+    """Write dK, dU and dV of 64 rows of d_ff, for d_h = 64 or 128; with splits, what some of the tokens add to them.
 
     Grid `(programs, splits)`; a split walks `share` tiles of 128 tokens. Program p owns block `p` of 64 rows, counted
-    over the K/U/V heads; the grid begins at first_program. dk, du, dv: `[kuv heads * d_ff, 128]`, or with splits
-    `[splits, programs * 64, 128]`, float32. Each warpgroup computes the scores of half of them, as
-    `[rows of d_ff, tokens]`, and owns the sums of half of d_h; A, dN and dM pass between the two through shared memory.
-    (The sums of one warpgroup for all of d_h would take 192 registers a thread, and leave too few for the scores.) The
-    query heads of one K/U/V head are so many more tiles. blocks_e: blocks of 64 rows in a sub-network. All
+    over the K/U/V heads; the grid begins at first_program. dk, du, dv: `[kuv heads * d_ff, D]`, or with splits
+    `[splits, programs * 64, D]`, float32. Each warpgroup computes the scores of half of the tokens, as
+    `[rows of d_ff, tokens]`. At d_h = 128 it owns the sums of half of d_h: A, dN and dM of the other half of the tokens
+    come through shared memory. (The sums for all of d_h would take 192 registers a thread, and leave too few for the
+    scores.) At 64 it owns those of its tokens; the two are added at the end. The query heads of one K/U/V head are so
+    many more tiles. blocks_e: blocks of 64 rows in a sub-network. All
     descriptors have blocks `[64, 64]`.
     """
     row = (gl.program_id(0) + first_program) * ROWS
@@ -642,25 +704,33 @@ def backward_weights_kernel(
     first = gl.program_id(1) * share
     tiles = gl.minimum(group * tiles_m - first, share)
 
-    k_buf = gl.allocate_shared_memory(k.dtype, [2, ROWS, ROWS], k.layout)
-    u_buf = gl.allocate_shared_memory(k.dtype, [2, ROWS, ROWS], k.layout)
-    v_buf = gl.allocate_shared_memory(k.dtype, [2, ROWS, ROWS], k.layout)
+    HALVES: gl.constexpr = D // ROWS
+    k_buf = gl.allocate_shared_memory(k.dtype, [HALVES, ROWS, ROWS], k.layout)
+    u_buf = gl.allocate_shared_memory(k.dtype, [HALVES, ROWS, ROWS], k.layout)
+    v_buf = gl.allocate_shared_memory(k.dtype, [HALVES, ROWS, ROWS], k.layout)
     w_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(w_full, count=1)
-    q_buf = gl.allocate_shared_memory(q.dtype, [4 * STAGES, ROWS, ROWS], q.layout)
-    g_buf = gl.allocate_shared_memory(q.dtype, [4 * STAGES, ROWS, ROWS], q.layout)
+    q_buf = gl.allocate_shared_memory(q.dtype, [2 * HALVES * STAGES, ROWS, ROWS], q.layout)
+    g_buf = gl.allocate_shared_memory(q.dtype, [2 * HALVES * STAGES, ROWS, ROWS], q.layout)
     r_buf = gl.allocate_shared_memory(gl.float32, [2 * STAGES, ROWS], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
     full, empty = _ring(STAGES, 2, 2)
-    a_buf = gl.allocate_shared_memory(q.dtype, [2, ROWS, ROWS], q.layout)
-    dn_buf = gl.allocate_shared_memory(q.dtype, [2, ROWS, ROWS], q.layout)
-    dm_buf = gl.allocate_shared_memory(q.dtype, [2, ROWS, ROWS], q.layout)
-    a_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    d_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(a_ready, count=2)
-    mbarrier.init(d_ready, count=2)
+    if HALVES == 2:
+        a_buf = gl.allocate_shared_memory(q.dtype, [2, ROWS, ROWS], q.layout)
+        dn_buf = gl.allocate_shared_memory(q.dtype, [2, ROWS, ROWS], q.layout)
+        dm_buf = gl.allocate_shared_memory(q.dtype, [2, ROWS, ROWS], q.layout)
+        a_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        d_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        mbarrier.init(a_ready, count=2)
+        mbarrier.init(d_ready, count=2)
+        scores = (a_buf, dn_buf, dm_buf, a_ready, d_ready)
+    else:
+        unswizzled: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
+        sums = gl.allocate_shared_memory(gl.float32, [3, ROWS, ROWS], unswizzled)
+        ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        mbarrier.init(ready, count=1)
+        scores = (sums, ready)
     weights = (k_buf, u_buf, v_buf, w_full)
     tokens = (q_buf, g_buf, r_buf, full, empty)
-    scores = (a_buf, dn_buf, dm_buf, a_ready, d_ready)
     fence_async_shared()
     r += e.to(gl.int64) * r_e
     gl.warp_specialize(

@@ -35,7 +35,7 @@ CASES = {
     **{f"forward-{d_h}": ("forward_kernel", d_h, rings) for d_h, rings in gluon_backend.FORWARD.items()},
     **{f"routed-{d_h}": ("forward_kernel", d_h, gluon_backend.FORWARD[d_h]) for d_h in gluon_backend.ROUTED_D_H},
     **{f"tokens-{d_h}": ("backward_tokens_kernel", d_h, rings) for d_h, rings in gluon_backend.BACKWARD_TOKENS.items()},
-    "weights-128": ("backward_weights_kernel", 128, None),
+    **{f"weights-{d_h}": ("backward_weights_kernel", d_h, None) for d_h in gluon_backend.BACKWARD_WEIGHTS},
 }
 
 
@@ -44,7 +44,13 @@ CASES = {
 def test_the_kernels_compile_for_hopper_and_fit(case):
     name, d_h, rings = CASES[case]
     if rings is None:
-        constants = {"STAGES": gluon_backend.BACKWARD_WEIGHTS_STAGES, "NEED_K": True, "NEED_U": True, "NEED_V": True}
+        constants = {
+            "D": d_h,
+            "STAGES": gluon_backend.BACKWARD_WEIGHTS[d_h],
+            "NEED_K": True,
+            "NEED_U": True,
+            "NEED_V": True,
+        }
         blocks = {"tokens": (64, 64), "weights": (64, 64)}
     else:
         constants = {"D": d_h, "BLOCK_N": rings.block_n, "TILES_E": 2, "KU_STAGES": rings.ku, "V_STAGES": rings.v}
