@@ -3,7 +3,8 @@
     compute-sanitizer --tool racecheck python3 tests/gpu/racecheck_control.py right    # and once more with `wrong`
 
 One warp copies tiles into the ring by TMA, four others add them up. `right` waits for a buffer's readers before it is
-filled again, by the barrier `empty`, as the kernels do; `wrong` does not. A tool that follows such barriers reports
+filled again, by the barrier `empty`, as the kernels do; `wrong` does not. (A barrier `full` for each tile, not for each
+buffer as there: else the reader of `wrong`, twice overtaken, would wait for ever.) A tool that follows such barriers reports
 hazards in `wrong` alone. One that reports the same of both says nothing of the kernels.
 """
 
@@ -29,7 +30,7 @@ def _consumer(buffers, full, empty, out, TILES: gl.constexpr):
     acc = gl.zeros([ROWS, COLUMNS], gl.float32, layout)
     for i in range(TILES):
         stage = i % STAGES
-        mbarrier.wait(full.index(stage), (i // STAGES) & 1)
+        mbarrier.wait(full.index(i), 0)
         acc += buffers.index(stage).load(layout).to(gl.float32)
         mbarrier.arrive(empty.index(stage), count=1)
     rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
@@ -46,8 +47,8 @@ def _producer(buffers, full, empty, x, TILES: gl.constexpr, WAITS: gl.constexpr)
         stage = i % STAGES
         if WAITS:
             mbarrier.wait(empty.index(stage), ((i // STAGES) & 1) ^ 1)
-        mbarrier.expect(full.index(stage), ROWS * COLUMNS * 2)
-        tma.async_copy_global_to_shared(x, [i * ROWS, 0], full.index(stage), buffers.index(stage))
+        mbarrier.expect(full.index(i), ROWS * COLUMNS * 2)
+        tma.async_copy_global_to_shared(x, [i * ROWS, 0], full.index(i), buffers.index(stage))
 
 
 @gluon.jit
@@ -56,10 +57,11 @@ def ring_kernel(x, out, TILES: gl.constexpr, STAGES: gl.constexpr, WAITS: gl.con
     ROWS: gl.constexpr = x.block_type.shape[0]
     COLUMNS: gl.constexpr = x.block_type.shape[1]
     buffers = gl.allocate_shared_memory(x.dtype, [STAGES, ROWS, COLUMNS], x.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [TILES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
+    for i in gl.static_range(TILES):
         mbarrier.init(full.index(i), count=1)
+    for i in gl.static_range(STAGES):
         mbarrier.init(empty.index(i), count=1)
     fence_async_shared()
     gl.warp_specialize(
