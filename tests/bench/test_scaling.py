@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from mhf_lightning.bench.scaling import cases, command, report, results
+from mhf_lightning.bench.scaling import cases, command, processes, report, results
 from mhf_lightning.bench.scaling.cases import Sizes
 from mhf_lightning.bench.scaling.processes import Outcome, run_cases, start_server
 from mhf_lightning.model import Decoder, DecoderConfig
@@ -343,6 +343,11 @@ def test_a_case_that_fails_says_how(model, tmp_path):
     assert (row["status"], "tokens_per_s" in row) == ("timeout after 3 s", False)
 
 
+def test_a_rank_that_is_through_is_not_the_one_that_died():
+    events = [[{"done": {}}], [{"step": 1}]]
+    assert processes._why([0, -signal.SIGSEGV], events) == ("failed: rank 1 died (signal 11)", 1)
+
+
 def test_a_case_that_fails_is_a_row_and_the_others_go_on(tmp_path, capsys):
     odd = write_model(tmp_path / "odd", ffn={"name": "swiglu", "d_ff": 63})
     options = ["--micro_batch", "1", "--length", "8", "--steps", "1", "--output", str(tmp_path / "out")]
@@ -354,6 +359,13 @@ def test_a_case_that_fails_is_a_row_and_the_others_go_on(tmp_path, capsys):
     printed = capsys.readouterr()
     assert why in printed.out
     assert "Traceback" in printed.err
+    assert command.main(["--report_from", str(tmp_path / "out")]) == 0
+    assert why in capsys.readouterr().out
+    plans = read(tmp_path / "out/plan.csv")
+    assert [(row["plan_peak_gib"] == "n/a", row["tokens_per_s"] == "n/a") for row in plans] == [
+        *[(False, False)] * 2,
+        (True, True),
+    ]
 
 
 def outcome_of(curve: dict[int, tuple[float, float]]) -> Outcome:

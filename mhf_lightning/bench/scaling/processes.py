@@ -204,7 +204,7 @@ def _why(codes: list[int | None], events: list[Events]) -> tuple[str, int]:
     if errors and not killed:
         _, rank, error = min(errors)
         return f"failed: {error}", rank
-    rank = killed[0] if killed else next(rank for rank, code in enumerate(codes) if code is not None)
+    rank = killed[0] if killed else next(rank for rank, code in enumerate(codes) if code)
     code = codes[rank] or 0
     return f"failed: rank {rank} died ({f'signal {-code}' if code < 0 else f'exit code {code}'})", rank
 
