@@ -46,10 +46,33 @@ class Rings:
     v: int
 
 
+@dataclass(frozen=True)
+class TokenRings:
+    """Tiles of tokens that dK, dU and dV walk, and how many of them a program holds.
+
+    Attributes:
+        tokens: of a tile that a warpgroup computes the scores of: half of it.
+        columns: of d_h whose sums a warpgroup owns.
+        q: buffers for tiles of Q and r.
+        grad_o: buffers for tiles of dO.
+        together: which of dK, dU, dV one launch computes.
+    """
+
+    tokens: int
+    columns: int
+    q: int
+    grad_o: int
+    together: tuple[tuple[bool, bool, bool], ...] = ((True, True, True),)
+
+
 # By d_h: what fits into the 227 KiB of a multiprocessor and into 240 registers a thread.
-FORWARD = {64: Rings(64, 4, 4), 128: Rings(64, 3, 3), 256: Rings(32, 3, 3)}
+FORWARD = {64: Rings(128, 3, 3), 128: Rings(64, 3, 3), 256: Rings(32, 3, 3)}
 BACKWARD_TOKENS = {64: Rings(64, 3, 3), 128: Rings(64, 3, 2), 256: Rings(32, 2, 2)}
-BACKWARD_WEIGHTS = {64: 4, 128: 2}  # tiles of Q and dO
+BACKWARD_WEIGHTS = {
+    64: TokenRings(64, 64, 4, 4),
+    128: TokenRings(64, 64, 2, 2),
+    256: TokenRings(32, 128, 2, 1, ((True, True, False), (False, False, True))),
+}
 MOST_SPLITS = 8  # of the tokens of dK, dU and dV: bounds the workspace
 ROUTED_D_H = (64, 128)  # at 256 there is no shared memory left for the router and the gate
 BLOCK_E = 32  # sub-networks that a forward with the router has room for
@@ -188,11 +211,29 @@ def _backward_weights(
     grad_o: Tensor, q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor, needs_grad: tuple[bool, bool, bool]
 ) -> list[Tensor | None]:
     grads = [torch.empty_like(w) if needed else None for w, needed in zip((k, u, v), needs_grad, strict=True)]
+    for together in BACKWARD_WEIGHTS[k.shape[3]].together:
+        wanted = [grad if here else None for grad, here in zip(grads, together, strict=True)]
+        if any(grad is not None for grad in wanted):
+            _launch_backward_weights(grad_o, q, k, u, v, r, wanted)
+    return grads
+
+
+def _launch_backward_weights(
+    grad_o: Tensor, q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor, grads: list[Tensor | None]
+) -> None:
+    """Fill those of dK, dU, dV that are not None."""
     r_seq = _sequence(r)
     kuv_heads, subnetworks, d_e, d_h = k.shape
-    tokens, _, group, _, tiles_m = _sizes(q, k, ROWS)
+    rings = BACKWARD_WEIGHTS[d_h]
+    tokens, group = q.shape[0] * q.shape[1], q.shape[2] // kuv_heads
+    tiles_m = triton.cdiv(tokens, 2 * rings.tokens)
     programs = kuv_heads * subnetworks * d_e // ROWS
-    inputs = _tokens(q, ROWS), _tokens(grad_o, ROWS), *(_rows(w, ROWS, ROWS) for w in (k, u, v)), r_seq
+    inputs = (
+        *(_tokens(x, rings.tokens, rings.columns) for x in (q, grad_o)),
+        *(_rows(w, ROWS, rings.columns) for w in (k, u, v)),
+        r_seq,
+    )
+    need_k, need_u, need_v = (grad is not None for grad in grads)
     with on(q.device):
         for part in _weight_parts(programs, group * tiles_m, q.device):
             rows = part.splits, part.programs * ROWS, d_h
@@ -200,14 +241,13 @@ def _backward_weights(
             gluon_kernels.backward_weights_kernel[part.grid](
                 *inputs, *outs, *r_seq.stride()[1:],
                 tokens, group, subnetworks * d_e, d_e // ROWS, tiles_m, part.first, part.share,
-                D=d_h, STAGES=BACKWARD_WEIGHTS[d_h], FAST=triton_backend.gate() == "fast",
-                NEED_K=needs_grad[0], NEED_U=needs_grad[1], NEED_V=needs_grad[2], num_warps=4,
+                D=d_h, Q_STAGES=rings.q, G_STAGES=rings.grad_o, FAST=triton_backend.gate() == "fast",
+                NEED_K=need_k, NEED_U=need_u, NEED_V=need_v, num_warps=4,
             )  # fmt: skip
             own = slice(part.first * ROWS, (part.first + part.programs) * ROWS)
             for partials, grad in zip(outs, grads, strict=True):
                 if part.splits > 1 and partials is not None and grad is not None:
                     triton_backend.sum_splits(partials, grad.view(-1, d_h)[own])
-    return grads
 
 
 def _float32(x: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
@@ -341,11 +381,11 @@ def _row_stride(x: Tensor) -> int:
     return x.stride(0) if x.shape[1] == 1 else x.stride(1)
 
 
-def _tokens(x: Tensor, columns: int | None = None) -> TensorDescriptor:
-    """Describe `[B, L, H, d_h]` as `[tokens, H * d_h]`, in blocks of 64 tokens and one head, or fewer columns."""
+def _tokens(x: Tensor, rows: int = ROWS, columns: int | None = None) -> TensorDescriptor:
+    """Describe `[B, L, H, d_h]` as `[tokens, H * d_h]`, in blocks of 64 tokens and one head, or of fewer."""
     batch, length, heads, d_h = x.shape
     shape, strides = [batch * length, heads * d_h], [_row_stride(x), 1]
-    return TensorDescriptor(x, shape, strides, [ROWS, columns or d_h], SWIZZLED)
+    return TensorDescriptor(x, shape, strides, [rows, columns or d_h], SWIZZLED)
 
 
 def _rows(w: Tensor, block: int, columns: int | None = None) -> TensorDescriptor:

@@ -505,92 +505,117 @@ def sum_partials_kernel(partials, o, length, heads, tiles_m, first_program, spli
 
 
 @gluon.jit
+def _over_d_h(w_buf, x_buf, at, zeros, zero):
+    """Begin the product of 64 rows of d_ff with tokens, block `at` of x_buf and the next: `[rows of d_ff, tokens]`."""
+    p = warpgroup_mma(w_buf.index(zero), x_buf.index(at).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    if w_buf.shape[0] == 2:
+        p = warpgroup_mma(w_buf.index(zero + 1), x_buf.index(at + 1).permute((1, 0)), p, is_async=True)
+    return p
+
+
+@gluon.jit
 def _weight_scores(WG: gl.constexpr, k_buf, u_buf, q_buf, zeros, stage, zero):
-    """Begin M and N, as `[rows of d_ff, tokens]`, of this warpgroup's tokens of a tile."""
-    HALVES: gl.constexpr = k_buf.shape[0]
-    mine = HALVES * (2 * stage + WG)
-    m = warpgroup_mma(k_buf.index(zero), q_buf.index(mine).permute((1, 0)), zeros, use_acc=False, is_async=True)
-    if HALVES == 2:
-        m = warpgroup_mma(k_buf.index(zero + 1), q_buf.index(mine + 1).permute((1, 0)), m, is_async=True)
-    n = warpgroup_mma(u_buf.index(zero), q_buf.index(mine).permute((1, 0)), zeros, use_acc=False, is_async=True)
-    if HALVES == 2:
-        n = warpgroup_mma(u_buf.index(zero + 1), q_buf.index(mine + 1).permute((1, 0)), n, is_async=True)
-    return m, n
+    """Begin M and N of this warpgroup's tokens of a tile."""
+    mine = k_buf.shape[0] * (2 * stage + WG)
+    return _over_d_h(k_buf, q_buf, mine, zeros, zero), _over_d_h(u_buf, q_buf, mine, zeros, zero)
+
+
+@gluon.jit
+def _hand_over(buffer, x, ready, NEEDED: gl.constexpr):
+    """Give x to the other warpgroup; the barrier also says that this one is past the products before."""
+    if NEEDED:
+        buffer.store(x)
+        fence_async_shared()
+    mbarrier.arrive(ready, count=1)
 
 
 @gluon.jit
 def _weight_products(
-    WG: gl.constexpr, m, n, dk_acc, du_acc, dv_acc, v_buf, tokens, scores, zeros, i, zero, FAST: gl.constexpr,
+    WG: gl.constexpr, m, n, dk_acc, du_acc, dv_acc, v_buf, q_ring, g_ring, scores, zeros, i, zero,
+    FAST: gl.constexpr, NEED_KU: gl.constexpr, NEED_V: gl.constexpr,
 ):  # fmt: skip
     """Add tile i to the sums; those of dK and dU still run at the end, and read dM and dN, which are returned."""
-    q_buf, g_buf, r_buf, _, _ = tokens
-    STAGES: gl.constexpr = r_buf.shape[0] // 2
+    q_buf, r_buf, _, _ = q_ring
+    g_buf, g_full, g_empty = g_ring
     HALVES: gl.constexpr = v_buf.shape[0]
+    Q_STAGES: gl.constexpr = q_buf.shape[0] // (2 * HALVES)
+    G_STAGES: gl.constexpr = g_buf.shape[0] // (2 * HALVES)
     OTHER: gl.constexpr = 1 - WG
     dtype: gl.constexpr = q_buf.dtype
     score: gl.constexpr = m.type.layout
     columns: gl.constexpr = gl.SliceLayout(0, score)
-    left: gl.constexpr = gl.DotOperandLayout(0, score, 2)
-    stage = i % STAGES
-    mine = HALVES * (2 * stage + WG)
-    own = mine + (HALVES - 1) * WG  # the same tokens, those columns of d_h whose sums this warpgroup owns
-    others = HALVES * (2 * stage + OTHER) + WG  # the other tokens, the same columns
-    d = warpgroup_mma(v_buf.index(zero), g_buf.index(mine).permute((1, 0)), zeros, use_acc=False, is_async=True)
-    if HALVES == 2:
-        d = warpgroup_mma(v_buf.index(zero + 1), g_buf.index(mine + 1).permute((1, 0)), d, is_async=True)
-    gate = r_buf.index(2 * stage + WG).load(columns)
+    left: gl.constexpr = gl.DotOperandLayout(0, dk_acc.type.layout, 2)
+    # Of a tile: my tokens; the same, in those columns of d_h whose sums this warpgroup owns; the others, in the same.
+    mine: gl.constexpr = HALVES * WG
+    own: gl.constexpr = mine + (HALVES - 1) * WG
+    others: gl.constexpr = HALVES * OTHER + WG
+    q_at = 2 * HALVES * (i % Q_STAGES)
+    g_at = 2 * HALVES * (i % G_STAGES)
+    mbarrier.wait(g_full.index(i % G_STAGES), (i // G_STAGES) & 1)
+    d = zeros
+    if NEED_KU:
+        d = _over_d_h(v_buf, g_buf, g_at + mine, zeros, zero)
+    gate = r_buf.index(2 * (i % Q_STAGES) + WG).load(columns)
     s = _sigmoid(m, FAST)
     g = m * s
     n = n * gate[None, :]
     a = (g * n).to(dtype)
     if HALVES == 2:
         a_buf, dn_buf, dm_buf, a_ready, d_ready = scores
-        a_buf.index(WG).store(a)
-        fence_async_shared()
-        mbarrier.arrive(a_ready, count=1)
+        _hand_over(a_buf.index(WG), a, a_ready, NEED_V)
     a = gl.convert_layout(a, left)
     slope = n * (s + g * (1.0 - s))
     g = g * gate[None, :]
-    dv_acc = warpgroup_mma(a, g_buf.index(own), dv_acc, is_async=True)
+    if NEED_V:
+        dv_acc = warpgroup_mma(a, g_buf.index(g_at + own), dv_acc, is_async=True)
     if HALVES == 2:
         mbarrier.wait(a_ready, i & 1)
-        dv_acc = warpgroup_mma(a_buf.index(zero + OTHER), g_buf.index(others), dv_acc, is_async=True)
-    d = warpgroup_mma_wait(HALVES, deps=[d])
+        if NEED_V:
+            dv_acc = warpgroup_mma(a_buf.index(zero + OTHER), g_buf.index(g_at + others), dv_acc, is_async=True)
+    if NEED_KU:
+        d = warpgroup_mma_wait(HALVES if NEED_V else 0, deps=[d])
     dn = (d * g).to(dtype)
     dm = (d * slope).to(dtype)
     # Both warpgroups have read A when both are past d_ready, and dN and dM of the tile before past a_ready.
-    dv_acc, a = warpgroup_mma_wait(0, deps=[dv_acc, a])
+    if NEED_V:
+        dv_acc, a = warpgroup_mma_wait(0, deps=[dv_acc, a])
+    mbarrier.arrive(g_empty.index(i % G_STAGES), count=1)
     if HALVES == 2:
-        dn_buf.index(WG).store(dn)
-        dm_buf.index(WG).store(dm)
-        fence_async_shared()
-        mbarrier.arrive(d_ready, count=1)
+        if NEED_KU:
+            dn_buf.index(WG).store(dn)
+        _hand_over(dm_buf.index(WG), dm, d_ready, NEED_KU)
     dn = gl.convert_layout(dn, left)
     dm = gl.convert_layout(dm, left)
-    du_acc = warpgroup_mma(dn, q_buf.index(own), du_acc, is_async=True)
-    dk_acc = warpgroup_mma(dm, q_buf.index(own), dk_acc, is_async=True)
+    if NEED_KU:
+        du_acc = warpgroup_mma(dn, q_buf.index(q_at + own), du_acc, is_async=True)
+        dk_acc = warpgroup_mma(dm, q_buf.index(q_at + own), dk_acc, is_async=True)
     if HALVES == 2:
         mbarrier.wait(d_ready, i & 1)
-        du_acc = warpgroup_mma(dn_buf.index(zero + OTHER), q_buf.index(others), du_acc, is_async=True)
-        dk_acc = warpgroup_mma(dm_buf.index(zero + OTHER), q_buf.index(others), dk_acc, is_async=True)
+        if NEED_KU:
+            du_acc = warpgroup_mma(dn_buf.index(zero + OTHER), q_buf.index(q_at + others), du_acc, is_async=True)
+            dk_acc = warpgroup_mma(dm_buf.index(zero + OTHER), q_buf.index(q_at + others), dk_acc, is_async=True)
     return dk_acc, du_acc, dv_acc, dn, dm
 
 
 @gluon.jit
 def _backward_weights_consumer(
-    WG: gl.constexpr, weights, tokens, scores, dk, du, dv, out_row, tiles,
+    WG: gl.constexpr, weights, q_ring, g_ring, scores, dk, du, dv, out_row, tiles,
     FAST: gl.constexpr, NEED_K: gl.constexpr, NEED_U: gl.constexpr, NEED_V: gl.constexpr,
 ):  # fmt: skip
     k_buf, u_buf, v_buf, w_full = weights
-    q_buf, _g_buf, r_buf, full, empty = tokens
-    STAGES: gl.constexpr = r_buf.shape[0] // 2
+    q_buf, _, full, empty = q_ring
     HALVES: gl.constexpr = k_buf.shape[0]
-    score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    COLUMNS: gl.constexpr = k_buf.shape[2]
+    TOKENS: gl.constexpr = q_buf.shape[1]
+    STAGES: gl.constexpr = q_buf.shape[0] // (2 * HALVES)
+    NEED_KU: gl.constexpr = NEED_K or NEED_U
+    score: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
+    out: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
 
-    zeros = gl.zeros([ROWS, ROWS], gl.float32, score)
-    dv_acc = gl.zeros([ROWS, ROWS], gl.float32, score)
-    du_acc = gl.zeros([ROWS, ROWS], gl.float32, score)
-    dk_acc = gl.zeros([ROWS, ROWS], gl.float32, score)
+    zeros = gl.zeros([ROWS, TOKENS], gl.float32, score)
+    dv_acc = gl.zeros([ROWS, COLUMNS], gl.float32, out)
+    du_acc = gl.zeros([ROWS, COLUMNS], gl.float32, out)
+    dk_acc = gl.zeros([ROWS, COLUMNS], gl.float32, out)
     mbarrier.wait(w_full, 0)
     mbarrier.wait(full.index(0), 0)
     m, n = _weight_scores(WG, k_buf, u_buf, q_buf, zeros, 0, 0)
@@ -599,7 +624,7 @@ def _backward_weights_consumer(
     for i in range(tiles - 1):
         zero = _opaque_zero(i)
         dk_acc, du_acc, dv_acc, dn, dm = _weight_products(
-            WG, m, n, dk_acc, du_acc, dv_acc, v_buf, tokens, scores, zeros, i, zero, FAST
+            WG, m, n, dk_acc, du_acc, dv_acc, v_buf, q_ring, g_ring, scores, zeros, i, zero, FAST, NEED_KU, NEED_V
         )
         following = (i + 1) % STAGES
         mbarrier.wait(full.index(following), ((i + 1) // STAGES) & 1)
@@ -607,12 +632,12 @@ def _backward_weights_consumer(
         m, n, du_acc, dk_acc, dn, dm = warpgroup_mma_wait(0, deps=[m, n, du_acc, dk_acc, dn, dm])
         mbarrier.arrive(empty.index(i % STAGES), count=1)
     dk_acc, du_acc, dv_acc, dn, dm = _weight_products(
-        WG, m, n, dk_acc, du_acc, dv_acc, v_buf, tokens, scores, zeros, tiles - 1, 0, FAST
+        WG, m, n, dk_acc, du_acc, dv_acc, v_buf, q_ring, g_ring, scores, zeros, tiles - 1, 0, FAST, NEED_KU, NEED_V
     )
     du_acc, dk_acc, dn, dm = warpgroup_mma_wait(0, deps=[du_acc, dk_acc, dn, dm])
 
     if HALVES == 2:
-        _write_sums(WG * ROWS, dk_acc, du_acc, dv_acc, dk, du, dv, out_row, 2 * ROWS, NEED_K, NEED_U, NEED_V)
+        _write_sums(WG * COLUMNS, dk_acc, du_acc, dv_acc, dk, du, dv, out_row, 2 * COLUMNS, NEED_K, NEED_U, NEED_V)
     else:  # each warpgroup has the sums of its own tokens
         sums, ready = scores
         if WG == 1:
@@ -622,10 +647,10 @@ def _backward_weights_consumer(
             mbarrier.arrive(ready, count=1)
         else:
             mbarrier.wait(ready, 0)
-            dk_acc += sums.index(0).load(score)
-            du_acc += sums.index(1).load(score)
-            dv_acc += sums.index(2).load(score)
-            _write_sums(0, dk_acc, du_acc, dv_acc, dk, du, dv, out_row, ROWS, NEED_K, NEED_U, NEED_V)
+            dk_acc += sums.index(0).load(out)
+            du_acc += sums.index(1).load(out)
+            dv_acc += sums.index(2).load(out)
+            _write_sums(0, dk_acc, du_acc, dv_acc, dk, du, dv, out_row, COLUMNS, NEED_K, NEED_U, NEED_V)
 
 
 @gluon.jit
@@ -633,10 +658,10 @@ def _write_sums(
     column, dk_acc, du_acc, dv_acc, dk, du, dv, out_row, D: gl.constexpr,
     NEED_K: gl.constexpr, NEED_U: gl.constexpr, NEED_V: gl.constexpr,
 ):  # fmt: skip
-    """Write 64 columns of dK, dU and dV, from `column` on, for 64 rows of d_ff."""
+    """Write a warpgroup's columns of dK, dU and dV, from `column` on, for 64 rows of d_ff."""
     layout: gl.constexpr = dk_acc.type.layout
     rows = out_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    cols = column + gl.arange(0, ROWS, layout=gl.SliceLayout(0, layout))
+    cols = column + gl.arange(0, dk_acc.shape[1], layout=gl.SliceLayout(0, layout))
     offsets = rows.to(gl.int64)[:, None] * D + cols[None, :]
     if NEED_K:
         gl.store(dk + offsets, dk_acc.to(dk.dtype.element_ty))
@@ -648,54 +673,66 @@ def _write_sums(
 
 @gluon.jit
 def _backward_weights_producer(
-    weights, tokens, q, grad_o, k, u, v, r, r_l, r_h, length, first_head, tiles_m, row, first, tiles
+    weights, q_ring, g_ring, q, grad_o, k, u, v, r, r_l, r_h, length, first_head, tiles_m, row, first, tiles
 ):
     k_buf, u_buf, v_buf, w_full = weights
-    q_buf, g_buf, r_buf, full, empty = tokens
-    STAGES: gl.constexpr = r_buf.shape[0] // 2
+    q_buf, r_buf, q_full, q_empty = q_ring
+    g_buf, g_full, g_empty = g_ring
     HALVES: gl.constexpr = k_buf.shape[0]
-    mbarrier.expect(w_full, 3 * HALVES * ROWS * ROWS * 2)
+    COLUMNS: gl.constexpr = k_buf.shape[2]
+    TOKENS: gl.constexpr = q_buf.shape[1]
+    BLOCKS: gl.constexpr = 2 * HALVES  # of a tile
+    Q_STAGES: gl.constexpr = q_buf.shape[0] // BLOCKS
+    G_STAGES: gl.constexpr = g_buf.shape[0] // BLOCKS
+    mbarrier.expect(w_full, 3 * HALVES * ROWS * COLUMNS * 2)
     for half in gl.static_range(HALVES):
-        tma.async_copy_global_to_shared(k, [row, half * ROWS], w_full, k_buf.index(half))
-        tma.async_copy_global_to_shared(u, [row, half * ROWS], w_full, u_buf.index(half))
-        tma.async_copy_global_to_shared(v, [row, half * ROWS], w_full, v_buf.index(half))
-    token = gl.arange(0, ROWS, layout=gl.BlockedLayout([2], [32], [1], [0]))
+        tma.async_copy_global_to_shared(k, [row, half * COLUMNS], w_full, k_buf.index(half))
+        tma.async_copy_global_to_shared(u, [row, half * COLUMNS], w_full, u_buf.index(half))
+        tma.async_copy_global_to_shared(v, [row, half * COLUMNS], w_full, v_buf.index(half))
+    token = gl.arange(0, TOKENS, layout=gl.BlockedLayout([TOKENS // 32], [32], [1], [0]))
     for i in range(tiles):
         head = first_head + (first + i) // tiles_m
-        start = ((first + i) % tiles_m) * (2 * ROWS)
-        stage = i % STAGES
-        bar = full.index(stage)
-        mbarrier.wait(empty.index(stage), ((i // STAGES) & 1) ^ 1)
-        mbarrier.expect(bar, 4 * HALVES * ROWS * ROWS * 2)
-        for part in gl.static_range(2 * HALVES):
-            at = [start + (part // HALVES) * ROWS, (HALVES * head + part % HALVES) * ROWS]
-            tma.async_copy_global_to_shared(q, at, bar, q_buf.index(2 * HALVES * stage + part))
-            tma.async_copy_global_to_shared(grad_o, at, bar, g_buf.index(2 * HALVES * stage + part))
+        start = ((first + i) % tiles_m) * (2 * TOKENS)
+        stage = i % Q_STAGES
+        bar = q_full.index(stage)
+        mbarrier.wait(q_empty.index(stage), ((i // Q_STAGES) & 1) ^ 1)
+        mbarrier.expect(bar, BLOCKS * TOKENS * COLUMNS * 2)
+        for part in gl.static_range(BLOCKS):
+            at = [start + (part // HALVES) * TOKENS, (HALVES * head + part % HALVES) * COLUMNS]
+            tma.async_copy_global_to_shared(q, at, bar, q_buf.index(BLOCKS * stage + part))
         r_head = r + head.to(gl.int64) * r_h
         for part in gl.static_range(2):
-            rows = start + part * ROWS + token
+            rows = start + part * TOKENS + token
             gate = gl.load(r_head + rows.to(gl.int64) * r_l, mask=rows < length, other=0.0)
             r_buf.index(2 * stage + part).store(gate.to(gl.float32))
         mbarrier.arrive(bar, count=1)
+        stage = i % G_STAGES
+        bar = g_full.index(stage)
+        mbarrier.wait(g_empty.index(stage), ((i // G_STAGES) & 1) ^ 1)
+        mbarrier.expect(bar, BLOCKS * TOKENS * COLUMNS * 2)
+        for part in gl.static_range(BLOCKS):
+            at = [start + (part // HALVES) * TOKENS, (HALVES * head + part % HALVES) * COLUMNS]
+            tma.async_copy_global_to_shared(grad_o, at, bar, g_buf.index(BLOCKS * stage + part))
 
 
 @gluon.jit
 def backward_weights_kernel(
     q, grad_o, k, u, v, r, dk, du, dv, r_l, r_h, r_e,
     length, group, d_ff, blocks_e, tiles_m, first_program, share,
-    D: gl.constexpr, STAGES: gl.constexpr, FAST: gl.constexpr,
+    D: gl.constexpr, Q_STAGES: gl.constexpr, G_STAGES: gl.constexpr, FAST: gl.constexpr,
     NEED_K: gl.constexpr, NEED_U: gl.constexpr, NEED_V: gl.constexpr,
 ):  # fmt: skip
-    """Write dK, dU and dV of 64 rows of d_ff, for d_h = 64 or 128; with splits, what some of the tokens add to them.
+    """Write those of dK, dU and dV that are needed, 64 rows of d_ff; with splits, what some of the tokens add to them.
 
-    Grid `(programs, splits)`; a split walks `share` tiles of 128 tokens. Program p owns block `p` of 64 rows, counted
-    over the K/U/V heads; the grid begins at first_program. dk, du, dv: `[kuv heads * d_ff, D]`, or with splits
-    `[splits, programs * 64, D]`, float32. Each warpgroup computes the scores of half of the tokens, as
-    `[rows of d_ff, tokens]`. At d_h = 128 it owns the sums of half of d_h: A, dN and dM of the other half of the tokens
-    come through shared memory. (The sums for all of d_h would take 192 registers a thread, and leave too few for the
-    scores.) At 64 it owns those of its tokens; the two are added at the end. The query heads of one K/U/V head are so
-    many more tiles. blocks_e: blocks of 64 rows in a sub-network. All
-    descriptors have blocks `[64, 64]`.
+    Grid `(programs, splits)`; a split walks `share` tiles of tokens. Program p owns block `p` of 64 rows, counted over
+    the K/U/V heads; the grid begins at first_program. dk, du, dv: `[kuv heads * d_ff, D]`, or with splits
+    `[splits, programs * 64, D]`, float32. Each warpgroup computes the scores of half of a tile's tokens, as
+    `[rows of d_ff, tokens]`. For d_h above 64 it owns the sums of half of d_h: A, dN and dM of the other half of the
+    tokens come through shared memory. (The sums for all of d_h = 128 would take 192 registers a thread, and leave too
+    few for the scores. Half of 256 is as much, so there dV is to be had by a launch of its own.) At 64 it owns those of
+    its tokens; the two are added at the end. The query heads of one K/U/V head are so many more tiles. blocks_e: blocks
+    of 64 rows in a sub-network. The blocks of the descriptors: k, u, v `[64, d_h or half of it]`; q, grad_o as many
+    columns, of half of a tile's tokens.
     """
     row = (gl.program_id(0) + first_program) * ROWS
     out_row = (gl.program_id(1) * gl.num_programs(0) + gl.program_id(0)) * ROWS
@@ -704,20 +741,24 @@ def backward_weights_kernel(
     first = gl.program_id(1) * share
     tiles = gl.minimum(group * tiles_m - first, share)
 
-    HALVES: gl.constexpr = D // ROWS
-    k_buf = gl.allocate_shared_memory(k.dtype, [HALVES, ROWS, ROWS], k.layout)
-    u_buf = gl.allocate_shared_memory(k.dtype, [HALVES, ROWS, ROWS], k.layout)
-    v_buf = gl.allocate_shared_memory(k.dtype, [HALVES, ROWS, ROWS], k.layout)
+    TOKENS: gl.constexpr = q.block_type.shape[0]
+    COLUMNS: gl.constexpr = q.block_type.shape[1]
+    HALVES: gl.constexpr = D // COLUMNS
+    k_buf = gl.allocate_shared_memory(k.dtype, [HALVES, ROWS, COLUMNS], k.layout)
+    u_buf = gl.allocate_shared_memory(k.dtype, [HALVES, ROWS, COLUMNS], k.layout)
+    v_buf = gl.allocate_shared_memory(k.dtype, [HALVES, ROWS, COLUMNS], k.layout)
     w_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(w_full, count=1)
-    q_buf = gl.allocate_shared_memory(q.dtype, [2 * HALVES * STAGES, ROWS, ROWS], q.layout)
-    g_buf = gl.allocate_shared_memory(q.dtype, [2 * HALVES * STAGES, ROWS, ROWS], q.layout)
-    r_buf = gl.allocate_shared_memory(gl.float32, [2 * STAGES, ROWS], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
-    full, empty = _ring(STAGES, 2, 2)
+    q_buf = gl.allocate_shared_memory(q.dtype, [2 * HALVES * Q_STAGES, TOKENS, COLUMNS], q.layout)
+    g_buf = gl.allocate_shared_memory(q.dtype, [2 * HALVES * G_STAGES, TOKENS, COLUMNS], q.layout)
+    r_buf = gl.allocate_shared_memory(gl.float32, [2 * Q_STAGES, TOKENS], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+    q_full, q_empty = _ring(Q_STAGES, 2, 2)
+    g_full, g_empty = _ring(G_STAGES, 2, 1)
     if HALVES == 2:
-        a_buf = gl.allocate_shared_memory(q.dtype, [2, ROWS, ROWS], q.layout)
-        dn_buf = gl.allocate_shared_memory(q.dtype, [2, ROWS, ROWS], q.layout)
-        dm_buf = gl.allocate_shared_memory(q.dtype, [2, ROWS, ROWS], q.layout)
+        layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * TOKENS, element_bitwidth=16, rank=2)
+        a_buf = gl.allocate_shared_memory(q.dtype, [2, ROWS, TOKENS], layout)
+        dn_buf = gl.allocate_shared_memory(q.dtype, [2, ROWS, TOKENS], layout)
+        dm_buf = gl.allocate_shared_memory(q.dtype, [2, ROWS, TOKENS], layout)
         a_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
         d_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
         mbarrier.init(a_ready, count=2)
@@ -725,28 +766,29 @@ def backward_weights_kernel(
         scores = (a_buf, dn_buf, dm_buf, a_ready, d_ready)
     else:
         unswizzled: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
-        sums = gl.allocate_shared_memory(gl.float32, [3, ROWS, ROWS], unswizzled)
+        sums = gl.allocate_shared_memory(gl.float32, [3, ROWS, COLUMNS], unswizzled)
         ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
         mbarrier.init(ready, count=1)
         scores = (sums, ready)
     weights = (k_buf, u_buf, v_buf, w_full)
-    tokens = (q_buf, g_buf, r_buf, full, empty)
+    q_ring = (q_buf, r_buf, q_full, q_empty)
+    g_ring = (g_buf, g_full, g_empty)
     fence_async_shared()
     r += e.to(gl.int64) * r_e
     gl.warp_specialize(
         [
             (
                 _backward_weights_consumer,
-                (0, weights, tokens, scores, dk, du, dv, out_row, tiles, FAST, NEED_K, NEED_U, NEED_V),
+                (0, weights, q_ring, g_ring, scores, dk, du, dv, out_row, tiles, FAST, NEED_K, NEED_U, NEED_V),
             ),
             (
                 _backward_weights_consumer,
-                (1, weights, tokens, scores, dk, du, dv, out_row, tiles, FAST, NEED_K, NEED_U, NEED_V),
+                (1, weights, q_ring, g_ring, scores, dk, du, dv, out_row, tiles, FAST, NEED_K, NEED_U, NEED_V),
             ),
             (
                 _backward_weights_producer,
                 (
-                    weights, tokens, q, grad_o, k, u, v, r, r_l, r_h,
+                    weights, q_ring, g_ring, q, grad_o, k, u, v, r, r_l, r_h,
                     length, kuv * group, tiles_m, row, first, tiles,
                 ),
             ),

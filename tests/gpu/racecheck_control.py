@@ -4,8 +4,8 @@
 
 One warp copies tiles into the ring by TMA, four others add them up. `right` waits for a buffer's readers before it is
 filled again, by the barrier `empty`, as the kernels do; `wrong` does not. (A barrier `full` for each tile, not for each
-buffer as there: else the reader of `wrong`, twice overtaken, would wait for ever.) A tool that follows such barriers reports
-hazards in `wrong` alone. One that reports the same of both says nothing of the kernels.
+buffer as there: else the reader of `wrong`, twice overtaken, would wait for ever.) A tool that follows such barriers
+reports hazards in `wrong` alone. Any other result says nothing of the kernels.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ SHAPES = [  # batch, length, heads, kuv_heads, subnetworks, d_e, d_h; on 132 mul
     (1, 2100, 8, 4, 3, 128, 256),
     (2, 150, 16, 16, 3, 128, 128),  # few tokens: all of their tiles are shared
     (1, 1100, 8, 4, 6, 512, 128),  # of 192 tiles of d_ff, the last 60 are shared
+    (1, 1100, 8, 4, 6, 512, 256),
 ]
 
 
@@ -81,8 +82,9 @@ def test_waves_and_rests(tokens):
         assert (a.float() - b.float()).norm() <= 2e-3 * b.float().norm()
 
 
-def test_partial_gradients():
-    inputs = make((1, 2100, 8, 8, 2, 64, 128), torch.bfloat16)
+@pytest.mark.parametrize("d_h", [64, 128, 256])
+def test_partial_gradients(d_h):
+    inputs = make((1, 2100, 8, 8, 2, 64, d_h), torch.bfloat16)
     grad = torch.randn_like(inputs[0])
     whole = gluon_backend.backward(grad, *inputs, (True,) * 5)
     for wanted in range(5):

@@ -35,7 +35,11 @@ CASES = {
     **{f"forward-{d_h}": ("forward_kernel", d_h, rings) for d_h, rings in gluon_backend.FORWARD.items()},
     **{f"routed-{d_h}": ("forward_kernel", d_h, gluon_backend.FORWARD[d_h]) for d_h in gluon_backend.ROUTED_D_H},
     **{f"tokens-{d_h}": ("backward_tokens_kernel", d_h, rings) for d_h, rings in gluon_backend.BACKWARD_TOKENS.items()},
-    **{f"weights-{d_h}": ("backward_weights_kernel", d_h, None) for d_h in gluon_backend.BACKWARD_WEIGHTS},
+    **{
+        f"weights-{d_h}-{number}": ("backward_weights_kernel", d_h, needed)
+        for d_h, rings in gluon_backend.BACKWARD_WEIGHTS.items()
+        for number, needed in enumerate(rings.together)
+    },
 }
 
 
@@ -43,15 +47,11 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_the_kernels_compile_for_hopper_and_fit(case):
     name, d_h, rings = CASES[case]
-    if rings is None:
-        constants = {
-            "D": d_h,
-            "STAGES": gluon_backend.BACKWARD_WEIGHTS[d_h],
-            "NEED_K": True,
-            "NEED_U": True,
-            "NEED_V": True,
-        }
-        blocks = {"tokens": (64, 64), "weights": (64, 64)}
+    if isinstance(rings, tuple):
+        needed, rings = rings, gluon_backend.BACKWARD_WEIGHTS[d_h]
+        constants = {"D": d_h, "Q_STAGES": rings.q, "G_STAGES": rings.grad_o}
+        constants |= dict(zip(("NEED_K", "NEED_U", "NEED_V"), needed, strict=True))
+        blocks = {"tokens": (rings.tokens, rings.columns), "weights": (64, rings.columns)}
     else:
         constants = {"D": d_h, "BLOCK_N": rings.block_n, "TILES_E": 2, "KU_STAGES": rings.ku, "V_STAGES": rings.v}
         constants["PARTIAL"] = d_h == 128
