@@ -120,6 +120,22 @@ def test_two_processes_compute_what_one_does_and_continue_each_other(measured):
 
 
 @pytest.mark.slow
+def test_two_and_four_processes_continue_each_other(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(cases, "PARITY_STEPS", 10)
+    plan = cases.parity(sizes(model, "fsdp2", processes=(2, 4)))
+    ended: dict[str, Outcome] = {}
+    for group in plan:
+        ended |= run(tmp_path, *group, slots=[""] * 4)
+    (single,), _, continued = plan
+    reference = results.curve(ended[single.label])
+    rows = [results.parity_row(case, ended[case.label], reference) for case in continued]
+    assert {(row["gpus"], row["continues"]) for row in rows} >= {(2, "fsdp2 on 4"), (4, "fsdp2 on 2")}
+    for row in rows:
+        assert (row["status"], row["steps"]) == ("ok", 5)
+        assert row["loss_difference"] < 1e-5
+
+
+@pytest.mark.slow
 def test_a_killed_rank_is_noticed_and_training_goes_on(measured):
     (row,) = read(measured[1] / "checkpoint.csv")
     assert (row["status"], row["gpus"]) == ("ok", "2")
@@ -427,10 +443,18 @@ def test_the_cases_of_eight_gpus(model):
     alone, together, continued = cases.parity(eight)
     assert {case.global_batch for case in alone + together + continued} == {8 * MICRO_BATCH}
     assert {case.strategy for case in alone} == {"single"}
-    assert {case.gpus for case in together} == {8}
+    assert {(case.strategy, case.gpus) for case in together} == {
+        *((name, 8) for name in cases.STRATEGIES),
+        ("fsdp2", 4),
+    }
     labels = [case.label for group in (baselines, weak, alone, together, continued) for case in group]
     assert len(set(labels)) == len(labels)
     assert {case.resume for case in continued} == {case.label for case in alone + together if case.save_at}
+    assert {(case.gpus, case.continues) for case in continued if case.strategy == "fsdp2"} == {
+        (8, "single on 1"),
+        (4, "fsdp2 on 8"),
+        (8, "fsdp2 on 4"),
+    }
     with pytest.raises(ValueError, match="change it or --micro_batch"):
         cases.fixed(replace(eight, global_batch=12))
     assert cases.parity(replace(eight, processes=(1,))) == []

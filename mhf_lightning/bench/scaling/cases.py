@@ -183,29 +183,34 @@ def _ways(sizes: Sizes) -> Iterable[tuple[str, int]]:
 
 
 def parity(sizes: Sizes) -> list[list[Case]]:
-    """Steps of the same global batch on one GPU, then on all of them; then what was saved on N, continued on M."""
+    """Steps of the same global batch on one GPU, then on all of them; then what was saved on N, continued on M.
+
+    N and M are one and all; by FSDP2 also all and fewer, the most of `processes` that divide all.
+    """
     gpus = max(sizes.processes)
     if gpus == 1:
         return []
+    fewer = max((n for n in sizes.processes if 1 < n < gpus and gpus % n == 0), default=0)
+    one, every, some = ("single", 1), ("fsdp2", gpus), ("fsdp2", fewer)
     alone, together, continued = [], [], []
     for model in sizes.models:
-        cases = {}
-        for strategy in ("single", *(strategy for strategy, n in _ways(sizes) if n == gpus)):
-            case = sizes.case("parity", model, strategy, 1 if strategy == "single" else gpus)
-            cases[strategy] = replace(
-                case,
-                accumulate=gpus if strategy == "single" else 1,
+        cases = {
+            way: replace(
+                sizes.case("parity", model, *way),
+                accumulate=gpus // way[1],
                 steps=PARITY_STEPS,
                 layers=PARITY_LAYERS,
-                save_at=((PARITY_STEPS // 2, False),) if strategy in ("single", "fsdp2") else (),
+                save_at=((PARITY_STEPS // 2, False),) if way in (one, every, some) else (),
             )
-        alone.append(cases["single"])
-        together += [case for strategy, case in cases.items() if strategy != "single"]
+            for way in (one, *(way for way in _ways(sizes) if way[1] == gpus or way == some))
+        }
+        alone.append(cases[one])
+        together += [case for way, case in cases.items() if way != one]
+        pairs = [(one, way) for way in cases if way[0] in SHARDED and way[1] == gpus]
         continued += [
-            replace(case, save_at=(), resume=cases[saved].label)
-            for saved in ("single", "fsdp2")
-            for strategy, case in cases.items()
-            if saved in cases and strategy in SHARDED and (saved == "single") != (strategy == "single")
+            replace(cases[way], save_at=(), resume=cases[saved].label)
+            for saved, way in [*pairs, (every, one), (every, some), (some, every)]
+            if saved in cases and way in cases
         ]
     return [alone, together, continued]
 
