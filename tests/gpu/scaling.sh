@@ -4,16 +4,18 @@
 #   preflight   all-reduce bandwidth of each pair of GPUs, and of all of them                                30-60 s
 #   weak        370M, FlashMHF and SwiGLU, every strategy, the same work for each GPU                      350-640 s
 #   parity      the widths of 370M with 4 blocks: losses and gradient norms of 50 steps; saved on N GPUs,
-#               continued on M                                                                             320-540 s
+#               continued on M                                                                             390-660 s
 #   large       1.3B, FlashMHF and SwiGLU, FSDP2, the same work for each GPU                               160-240 s
 #   checkpoint  1.3B, FlashMHF, FSDP2: saves, and a rank that is killed                                    120-200 s
 #   fixed       370M, DDP and FSDP2, 64 sequences a step                                                   170-280 s
+#   others      as large, by DDP, ZeRO-2, ZeRO-3 and FSDP2 x TP; in large's folder, with its rows of one GPU
+#               where it has them                                                                          480-720 s
 # Without a stage: all, in this order. A stage that fails does not stop the next; the exit code tells.
 # Where a call is limited: `timeout 560 tests/gpu/scaling.sh OUT`, and the same again, with the same OUT and the same commit
 # (MHF_COMMIT where there is no git), until all is there: every call goes on with the cases that have no row yet.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
-out=${1:?usage: tests/gpu/scaling.sh OUT [preflight|weak|parity|large|checkpoint|fixed ...]}
+out=${1:?usage: tests/gpu/scaling.sh OUT [preflight|weak|parity|large|checkpoint|fixed|others ...]}
 shift
 python=${PYTHON:-python3}
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}"
@@ -22,8 +24,9 @@ mkdir -p "$out"
 status=0
 small=(configs/paper/370m/{flash_mhf_dh128,swiglu}.yaml)
 large=(configs/paper/1.3b/{flash_mhf_dh128,swiglu}.yaml)
-[ $# -gt 0 ] || set -- preflight weak parity large checkpoint fixed
+[ $# -gt 0 ] || set -- preflight weak parity large checkpoint fixed others
 for stage in "$@"; do
+    folder=$stage
     case $stage in
     preflight) options=(--stages preflight) ;;
     weak) options=("${small[@]}" --stages weak --timeout 120) ;;
@@ -31,13 +34,17 @@ for stage in "$@"; do
     large) options=("${large[@]}" --stages weak --strategies fsdp2 --micro_batch 4) ;;
     checkpoint) options=("${large[0]}" --stages checkpoint --micro_batch 4 --timeout 300) ;;
     fixed) options=("${small[@]}" --stages fixed --strategies ddp fsdp2 --steps 5 --timeout 120) ;;
+    others)
+        folder=large
+        options=("${large[@]}" --stages weak --strategies ddp zero2 zero3 fsdp2_tp --micro_batch 4)
+        ;;
     *)
         echo "unknown stage $stage" >&2
         exit 2
         ;;
     esac
     SECONDS=0
-    "$python" -m mhf_lightning.cli bench scaling "${options[@]}" --output "$out/$stage" 2>&1 | tee -a "$out/$stage.log" || status=1
+    "$python" -m mhf_lightning.cli bench scaling "${options[@]}" --output "$out/$folder" 2>&1 | tee -a "$out/$stage.log" || status=1
     echo "$stage: $SECONDS s"
 done
 exit $status
