@@ -322,7 +322,8 @@ def test_a_neighbour_that_dies_or_hangs_changes_nothing(model, tmp_path):
     huge = replace(huge, model=write_model(tmp_path / "huge", vocab_size=10**13))
     killed = replace(good, stage="killed", steps=1000, save_at=((3, True),), kill=True)
     endless = replace(good, stage="endless", gpus=1, strategy="single", steps=10**6)
-    ended = run(tmp_path, killed, good, endless, huge, replace(good, stage="late"), slots="012345", timeout=60)
+    late = replace(good, stage="late", gpus=1, strategy="single")  # takes a GPU that one of the others had
+    ended = run(tmp_path, killed, good, endless, huge, late, slots="012345", timeout=60)
     assert {name.partition(",")[0]: outcome.status for name, outcome in ended.items()} == {
         "good": "ok",
         "late": "ok",
