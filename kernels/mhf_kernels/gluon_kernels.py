@@ -521,6 +521,21 @@ def _weight_scores(WG: gl.constexpr, k_buf, u_buf, q_buf, zeros, stage, zero):
 
 
 @gluon.jit
+def _wait_for_grad_o(g_ring, i, APART: gl.constexpr):
+    """Wait for tile i of dO, where it does not come with that of Q."""
+    if APART:
+        STAGES: gl.constexpr = g_ring[1].shape[0]
+        mbarrier.wait(g_ring[1].index(i % STAGES), (i // STAGES) & 1)
+
+
+@gluon.jit
+def _free_grad_o(g_ring, i, APART: gl.constexpr):
+    """Let tile i of dO be overwritten, where that does not wait for Q."""
+    if APART:
+        mbarrier.arrive(g_ring[2].index(i % g_ring[2].shape[0]), count=1)
+
+
+@gluon.jit
 def _hand_over(buffer, x, ready, NEEDED: gl.constexpr):
     """Give x to the other warpgroup; the barrier also says that this one is past the products before."""
     if NEEDED:
@@ -536,7 +551,7 @@ def _weight_products(
 ):  # fmt: skip
     """Add tile i to the sums; those of dK and dU still run at the end, and read dM and dN, which are returned."""
     q_buf, r_buf, _, _ = q_ring
-    g_buf, g_full, g_empty = g_ring
+    g_buf, _, _ = g_ring
     HALVES: gl.constexpr = v_buf.shape[0]
     Q_STAGES: gl.constexpr = q_buf.shape[0] // (2 * HALVES)
     G_STAGES: gl.constexpr = g_buf.shape[0] // (2 * HALVES)
@@ -551,7 +566,7 @@ def _weight_products(
     others: gl.constexpr = HALVES * OTHER + WG
     q_at = 2 * HALVES * (i % Q_STAGES)
     g_at = 2 * HALVES * (i % G_STAGES)
-    mbarrier.wait(g_full.index(i % G_STAGES), (i // G_STAGES) & 1)
+    _wait_for_grad_o(g_ring, i, Q_STAGES != G_STAGES)
     d = zeros
     if NEED_KU:
         d = _over_d_h(v_buf, g_buf, g_at + mine, zeros, zero)
@@ -579,7 +594,7 @@ def _weight_products(
     # Both warpgroups have read A when both are past d_ready, and dN and dM of the tile before past a_ready.
     if NEED_V:
         dv_acc, a = warpgroup_mma_wait(0, deps=[dv_acc, a])
-    mbarrier.arrive(g_empty.index(i % G_STAGES), count=1)
+    _free_grad_o(g_ring, i, Q_STAGES != G_STAGES)
     if HALVES == 2:
         if NEED_KU:
             dn_buf.index(WG).store(dn)
@@ -684,6 +699,7 @@ def _backward_weights_producer(
     BLOCKS: gl.constexpr = 2 * HALVES  # of a tile
     Q_STAGES: gl.constexpr = q_buf.shape[0] // BLOCKS
     G_STAGES: gl.constexpr = g_buf.shape[0] // BLOCKS
+    APART: gl.constexpr = Q_STAGES != G_STAGES
     mbarrier.expect(w_full, 3 * HALVES * ROWS * COLUMNS * 2)
     for half in gl.static_range(HALVES):
         tma.async_copy_global_to_shared(k, [row, half * COLUMNS], w_full, k_buf.index(half))
@@ -696,23 +712,26 @@ def _backward_weights_producer(
         stage = i % Q_STAGES
         bar = q_full.index(stage)
         mbarrier.wait(q_empty.index(stage), ((i // Q_STAGES) & 1) ^ 1)
-        mbarrier.expect(bar, BLOCKS * TOKENS * COLUMNS * 2)
+        mbarrier.expect(bar, BLOCKS * TOKENS * COLUMNS * (2 if APART else 4))
         for part in gl.static_range(BLOCKS):
             at = [start + (part // HALVES) * TOKENS, (HALVES * head + part % HALVES) * COLUMNS]
             tma.async_copy_global_to_shared(q, at, bar, q_buf.index(BLOCKS * stage + part))
+            if not APART:
+                tma.async_copy_global_to_shared(grad_o, at, bar, g_buf.index(BLOCKS * stage + part))
         r_head = r + head.to(gl.int64) * r_h
         for part in gl.static_range(2):
             rows = start + part * TOKENS + token
             gate = gl.load(r_head + rows.to(gl.int64) * r_l, mask=rows < length, other=0.0)
             r_buf.index(2 * stage + part).store(gate.to(gl.float32))
         mbarrier.arrive(bar, count=1)
-        stage = i % G_STAGES
-        bar = g_full.index(stage)
-        mbarrier.wait(g_empty.index(stage), ((i // G_STAGES) & 1) ^ 1)
-        mbarrier.expect(bar, BLOCKS * TOKENS * COLUMNS * 2)
-        for part in gl.static_range(BLOCKS):
-            at = [start + (part // HALVES) * TOKENS, (HALVES * head + part % HALVES) * COLUMNS]
-            tma.async_copy_global_to_shared(grad_o, at, bar, g_buf.index(BLOCKS * stage + part))
+        if APART:
+            stage = i % G_STAGES
+            bar = g_full.index(stage)
+            mbarrier.wait(g_empty.index(stage), ((i // G_STAGES) & 1) ^ 1)
+            mbarrier.expect(bar, BLOCKS * TOKENS * COLUMNS * 2)
+            for part in gl.static_range(BLOCKS):
+                at = [start + (part // HALVES) * TOKENS, (HALVES * head + part % HALVES) * COLUMNS]
+                tma.async_copy_global_to_shared(grad_o, at, bar, g_buf.index(BLOCKS * stage + part))
 
 
 @gluon.jit
@@ -753,7 +772,10 @@ def backward_weights_kernel(
     g_buf = gl.allocate_shared_memory(q.dtype, [2 * HALVES * G_STAGES, TOKENS, COLUMNS], q.layout)
     r_buf = gl.allocate_shared_memory(gl.float32, [2 * Q_STAGES, TOKENS], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
     q_full, q_empty = _ring(Q_STAGES, 2, 2)
-    g_full, g_empty = _ring(G_STAGES, 2, 1)
+    if Q_STAGES == G_STAGES:  # dO comes and goes with Q: a barrier less, 2% of the time at d_h = 128
+        g_full, g_empty = q_full, q_empty
+    else:
+        g_full, g_empty = _ring(G_STAGES, 2, 1)
     if HALVES == 2:
         layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * TOKENS, element_bitwidth=16, rank=2)
         a_buf = gl.allocate_shared_memory(q.dtype, [2, ROWS, TOKENS], layout)
