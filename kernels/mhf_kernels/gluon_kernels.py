@@ -735,6 +735,27 @@ def _backward_weights_producer(
 
 
 @gluon.jit
+def _exchange(dtype: gl.constexpr, TOKENS: gl.constexpr, COLUMNS: gl.constexpr, HALVES: gl.constexpr):
+    """Allocate what the warpgroups give each other, with barriers: A, dN and dM of each tile, or sums at the end."""
+    if HALVES == 2:
+        layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * TOKENS, element_bitwidth=16, rank=2)
+        a_buf = gl.allocate_shared_memory(dtype, [2, ROWS, TOKENS], layout)
+        dn_buf = gl.allocate_shared_memory(dtype, [2, ROWS, TOKENS], layout)
+        dm_buf = gl.allocate_shared_memory(dtype, [2, ROWS, TOKENS], layout)
+        a_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        d_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        mbarrier.init(a_ready, count=2)
+        mbarrier.init(d_ready, count=2)
+        return a_buf, dn_buf, dm_buf, a_ready, d_ready
+    else:
+        unswizzled: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
+        sums = gl.allocate_shared_memory(gl.float32, [3, ROWS, COLUMNS], unswizzled)
+        ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        mbarrier.init(ready, count=1)
+        return sums, ready
+
+
+@gluon.jit
 def backward_weights_kernel(
     q, grad_o, k, u, v, r, dk, du, dv, r_l, r_h, r_e,
     length, group, d_ff, blocks_e, tiles_m, first_program, share,
@@ -776,22 +797,7 @@ def backward_weights_kernel(
         g_full, g_empty = q_full, q_empty
     else:
         g_full, g_empty = _ring(G_STAGES, 2, 1)
-    if HALVES == 2:
-        layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * TOKENS, element_bitwidth=16, rank=2)
-        a_buf = gl.allocate_shared_memory(q.dtype, [2, ROWS, TOKENS], layout)
-        dn_buf = gl.allocate_shared_memory(q.dtype, [2, ROWS, TOKENS], layout)
-        dm_buf = gl.allocate_shared_memory(q.dtype, [2, ROWS, TOKENS], layout)
-        a_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-        d_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-        mbarrier.init(a_ready, count=2)
-        mbarrier.init(d_ready, count=2)
-        scores = (a_buf, dn_buf, dm_buf, a_ready, d_ready)
-    else:
-        unswizzled: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
-        sums = gl.allocate_shared_memory(gl.float32, [3, ROWS, COLUMNS], unswizzled)
-        ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-        mbarrier.init(ready, count=1)
-        scores = (sums, ready)
+    scores = _exchange(q.dtype, TOKENS, COLUMNS, HALVES)
     weights = (k_buf, u_buf, v_buf, w_full)
     q_ring = (q_buf, r_buf, q_full, q_empty)
     g_ring = (g_buf, g_full, g_empty)
