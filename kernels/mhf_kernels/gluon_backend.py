@@ -261,7 +261,7 @@ def _or_triton(launch: Callable[[], T], fallback: Callable[[], T], *, wanted: bo
             return launch()
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # whatever a compiler of another version may raise; nothing has run yet
+        except Exception as error:  # whatever a compiler of another version may raise; the fallback does it all
             reason = str(error).strip().splitlines() or [""]
             _failure.append(f"the gluon kernels do not compile with triton {triton.__version__} ({reason[-1]})")
             warnings.warn(f"mhf_kernels: {_failure[0]}; the triton kernels run instead", stacklevel=2)

@@ -2,7 +2,7 @@
 
 A program has one producer warp, which copies tiles to shared memory by TMA, and two consumer warpgroups, which multiply
 (wgmma). Rings of buffers lie between them; a buffer has a barrier `full` that its copies complete, and a barrier
-`empty` at which its readers arrive. But for dK, dU and dV the warpgroups issue their products in turns (`_turns`).
+`empty` at which its readers arrive. The warpgroups issue their products in turns (`_turns`), except in dK, dU and dV.
 Names of the mathematics are those of `triton_kernels`:
 
     forward    A = r G N             O += A V
@@ -14,7 +14,8 @@ Invariants:
 - Tokens past the last one are filled with zeros by TMA: SiLU(0) * 0 = 0, so they add nothing, and are not stored.
 - A product that is still running may read its left operand from registers. Each such operand is named in the wait for
   its product: otherwise ptxas before 13.3 may give its registers to others (triton#9433).
-- With turns, rings of K and U have two buffers or more: a tile's is free one tile later.
+- Rings of two buffers or more: K and U for dQ and dR, Q for dK, dU and dV. There a tile's buffer is free only when the
+  scores of the next one have been computed.
 - There are no branches between products that run (ptxas 12.8 made wrong code of them): what must happen only for some
   tiles is predicated.
 - Sums are float32, in a fixed order, without atomics: repeats are bitwise equal.
@@ -597,7 +598,7 @@ def _weight_products(
     _free_grad_o(g_ring, i, Q_STAGES != G_STAGES)
     if HALVES == 2:
         if NEED_KU:
-            dn_buf.index(WG).store(dn)
+            dn_buf.index(WG).store(dn)  # the fence of the next line is for dN, too
         _hand_over(dm_buf.index(WG), dm, d_ready, NEED_KU)
     dn = gl.convert_layout(dn, left)
     dm = gl.convert_layout(dm, left)
@@ -793,7 +794,7 @@ def backward_weights_kernel(
     g_buf = gl.allocate_shared_memory(q.dtype, [2 * HALVES * G_STAGES, TOKENS, COLUMNS], q.layout)
     r_buf = gl.allocate_shared_memory(gl.float32, [2 * Q_STAGES, TOKENS], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
     q_full, q_empty = _ring(Q_STAGES, 2, 2)
-    if Q_STAGES == G_STAGES:  # dO comes and goes with Q: a barrier less, 2% of the time at d_h = 128
+    if Q_STAGES == G_STAGES:  # dO comes and goes with Q: a wait and an arrival less for each tile
         g_full, g_empty = q_full, q_empty
     else:
         g_full, g_empty = _ring(G_STAGES, 2, 1)
