@@ -12,6 +12,7 @@ from mhf_lightning.model import Decoder, DecoderConfig, count_parameters
 
 EVIDENCE = Path(__file__).parents[2] / "configs/evidence"
 SIZES = {"30m": 30e6, "125m": 125e6}
+LONGER = {"30m_long": "30m"}  # two of its models, over more tokens
 VARIANTS = {"swiglu", "gated_swiglu", "mh_ffn", "pkv", "dense_moe"} | {f"flash_mhf_dh{d_h}" for d_h in (64, 128, 256)}
 TOKENS_PER_STEP = 65_536
 
@@ -45,7 +46,7 @@ def test_all_that_differs_is_the_feed_forward_layer_and_the_depth(size):
             assert config.d_model // config.ffn.num_heads == d_h
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [*SIZES, *LONGER])
 def test_a_step_has_the_same_tokens_and_a_tenth_of_them_warm_up(size):
     recipe = yaml.safe_load((EVIDENCE / size / "recipe.yaml").read_text())
     trainer, data, schedule = recipe["trainer"], recipe["data"], recipe["model"]["schedule"]
@@ -65,4 +66,14 @@ def test_the_list_names_configurations_and_sweeps_every_variant():
         seeds = [row.seed for row in rows if (row.size, row.variant) == ("30m", variant)]
         assert len(set(seeds)) >= 3, variant
     listed = {(row.size, row.variant) for row in rows}
-    assert listed == {(size, name) for size in SIZES for name in models(size)}
+    assert listed == {(size, name) for size in (*SIZES, *LONGER) for name in models(size)}
+
+
+@pytest.mark.parametrize(("size", "same"), LONGER.items())
+def test_a_longer_run_is_of_the_same_models(size, same):
+    assert models(size).keys() == {"swiglu", "flash_mhf_dh128"}
+    for name, config in models(size).items():
+        assert config == models(same)[name]
+    recipe, longer = (yaml.safe_load((EVIDENCE / of / "recipe.yaml").read_text()) for of in (same, size))
+    assert longer["trainer"]["max_steps"] == 2 * recipe["trainer"]["max_steps"]
+    assert longer["model"]["optimizer"] == recipe["model"]["optimizer"]
