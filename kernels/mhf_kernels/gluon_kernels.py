@@ -588,10 +588,11 @@ def _weight_products(
         mbarrier.wait(a_ready, i & 1)
         if NEED_V:
             dv_acc = warpgroup_mma(a_buf.index(zero + OTHER), g_buf.index(g_at + others), dv_acc, is_async=True)
+    dn, dm = a, a  # where nobody wants them
     if NEED_KU:
         d = warpgroup_mma_wait(HALVES if NEED_V else 0, deps=[d])
-    dn = (d * g).to(dtype)
-    dm = (d * slope).to(dtype)
+        dn = (d * g).to(dtype)
+        dm = (d * slope).to(dtype)
     # Both warpgroups have read A when both are past d_ready, and dN and dM of the tile before past a_ready.
     if NEED_V:
         dv_acc, a = warpgroup_mma_wait(0, deps=[dv_acc, a])

@@ -96,6 +96,16 @@ def test_the_rest_of_dk_du_dv_ends_soonest(monkeypatch, programs, splits, waves,
     assert gluon_backend._weight_parts(131, tiles, torch.device("cpu")) == [gluon_backend.Part(0, 131, 1, tiles)]
 
 
+def test_what_tma_can_read():
+    q = torch.empty(2, 10, 4, 64, dtype=torch.bfloat16)
+    assert gluon_backend._is_matrix(q)
+    assert gluon_backend._is_matrix(q[:1, ::2])  # every other token
+    assert not gluon_backend._is_matrix(q[:, :1].expand(2, 10, 4, 64))  # one token for all, as the gradient of a sum
+    assert not gluon_backend._is_matrix(q.transpose(1, 2).contiguous().transpose(1, 2))
+    assert gluon_backend._is_matrix(q[:, :, :2])  # some of the heads
+    assert not gluon_backend._is_matrix(q[..., :32])
+
+
 def test_running_out_of_memory_is_not_taken_for_a_compiler_that_fails(monkeypatch):
     def launch():
         raise torch.OutOfMemoryError
