@@ -52,6 +52,7 @@ def queue(tmp_path):
 @pytest.fixture
 def runner(queue, corpus, monkeypatch):
     monkeypatch.setenv("MHF_COMMIT", "0123456789abcdef")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as of those that are forked: more add up in another order
     return lambda: Runner(queue, corpus / "data", queue.parent / "runs", queue.parent / "out", [""])
 
 
