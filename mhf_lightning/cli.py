@@ -3,6 +3,7 @@
 Torch and Lightning are imported only by the commands that need them, so that ``mhf --help`` answers at once.
 """
 
+import difflib
 import sys
 from importlib import import_module
 
@@ -27,6 +28,7 @@ usage: mhf COMMAND [options]
   mhf runs             one line per run of a folder: state, steps, loss, restarts, goodput, last checkpoint
   mhf plan             memory per GPU, FLOPs and days of a run, worked out without GPU and data
   mhf bench layer      time and memory of FlashMHF, SwiGLU and others; table, CSV, plot
+  mhf bench model      latency, training step and memory of whole models
   mhf bench generate   speed of reading a prompt and of generating, token by token
   mhf bench scaling    training on several GPUs: speed, memory, parity, checkpoints
   mhf report           compare runs on one HTML page: curves, speed, memory, router, configuration
@@ -54,6 +56,7 @@ COMMANDS = {
     "report": "mhf_lightning.report.cli",
     "evidence": "mhf_lightning.evidence.cli",
 }
+LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
 
 
 def main(args: list[str] | None = None) -> None:
@@ -65,6 +68,12 @@ def main(args: list[str] | None = None) -> None:
         print(f"mhf-lightning {__version__}")
     elif args[0] in COMMANDS:
         sys.exit(import_module(COMMANDS[args[0]]).main(args[1:]))
+    elif args[0] not in LIGHTNING_COMMANDS and not args[0].startswith("-"):
+        commands = (*COMMANDS, *LIGHTNING_COMMANDS)
+        near = difflib.get_close_matches(args[0], commands, n=1)
+        meant = f"did you mean mhf {near[0]}?" if near else "see mhf --help"
+        print(f"mhf: error: there is no command {args[0]!r} ({', '.join(sorted(commands))}); {meant}", file=sys.stderr)
+        sys.exit(2)
     else:
         if args[0] == "fit":
             block_stop_signals()

@@ -109,13 +109,14 @@ def load_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, stored: 
     """Load what :func:`optimizer_state` returned.
 
     The groups may be cut otherwise (tensor parallelism cuts them by device mesh), as long as each parameter has the
-    settings it had.
+    settings it had, and this optimiser was made with the same.
 
     Returns:
         For each group of ``optimizer``, the number of a stored group with its settings.
 
     Raises:
-        CheckpointError: It is of other parameters, or a group here mixes parameters that had different settings.
+        CheckpointError: It is of other parameters, a group here mixes parameters that had different settings, or the
+            settings are others now.
     """
     names = _names(module, optimizer)
     source = {name: i for i, group in enumerate(stored["param_groups"]) for name in group["params"]}
@@ -134,12 +135,29 @@ def load_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, stored: 
                 f"the checkpoint's optimiser has different settings for parameters of one group: {settings}; "
                 "start with the model.optimizer that the run was started with (weight_decay, router_lr_scale)"
             )
+        _refuse_changes(settings[0], own)
         sources.append(min(candidates))
         implementation = {key: own[key] for key in _IMPLEMENTATION if key in own}
         groups.append({**settings[0], **implementation, "params": own["params"]})
     state = {i: stored["state"][name] for i, name in enumerate(names) if stored["state"].get(name)}
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     return sources
+
+
+def _refuse_changes(stored: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise where a run would go on with other settings than its configuration names.
+
+    The learning rate is the peak: what a group began with, before its schedule.
+    """
+    peak = {"lr": "initial_lr" if "initial_lr" in own and "initial_lr" in stored else "lr"}
+    for name in ("lr", "betas", "eps", "weight_decay"):
+        key = peak.get(name, name)
+        before, now = (tuple(x) if isinstance(x, list) else x for x in (stored[key], own[key]))
+        if before != now:
+            raise CheckpointError(
+                f"the run was begun with {name} {before}, and this start has {now}; leave model.optimizer as it was, "
+                "or begin a new run from its weights (mhf export, then mhf fit --model.init_from FILE)"
+            )
 
 
 def regroup_scheduler(state: dict[str, Any], sources: list[int]) -> None:

@@ -61,7 +61,10 @@ def export_hf(trained: Trained, output: Path, *, data: Path | None, dtype: str, 
     logging.disable_progress_bar()
     model.save_pretrained(unfinished, max_shard_size=max_shard_size)
     tokenizer_of(vocabulary).save_pretrained(unfinished)
-    (unfinished / "README.md").write_text(model_card(trained, vocabulary, dtype), encoding="utf-8")
+    card = unfinished / "README.md"
+    card.write_text(model_card(trained, vocabulary, dtype), encoding="utf-8")
+    for file in unfinished.iterdir():  # safetensors makes its files for their owner alone, whatever the umask
+        shutil.copymode(card, file)
     unfinished.rename(output)
 
 

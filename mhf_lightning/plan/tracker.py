@@ -67,6 +67,7 @@ class LiveMemory(TorchDispatchMode):
         self._storages = {k: (ref, n, to if p == part else p) for k, (ref, n, p) in self._storages.items()}
         self.now[to] += self.now[part]
         self.now[part] = 0
+        self._observe(to)
 
     def forget(self, *parts: str) -> None:
         """Stop counting what lives of these parts."""

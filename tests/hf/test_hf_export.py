@@ -66,6 +66,7 @@ def test_the_folder_holds_no_code_and_names_none(folder):
         *("config.json", "generation_config.json", "model.safetensors", "README.md"),
         *("tokenizer.json", "tokenizer_config.json"),
     }
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # the weights are not for their owner alone
     config = json.loads((folder / "config.json").read_text())
     assert "auto_map" not in config
     assert config["architectures"] == ["FlashMHFForCausalLM"]

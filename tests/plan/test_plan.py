@@ -170,6 +170,8 @@ def test_fsdp2_divides_what_the_optimiser_owns(shards):
     for part in ("weights", "gradients", "optimiser"):
         # Embedding, head, norms and padding are split over data-parallel ranks only, allocations are rounded.
         assert alone.largest[part] / 4 <= sharded.largest[part] < alone.largest[part] / 2
+    for memory in (alone, sharded):
+        assert all(size <= memory.largest[part] for part, size in memory.at_peak.items())
     assert not dist.is_initialized()
 
 

@@ -17,6 +17,7 @@ from forked import mhf
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mhf_lightning import cli
 from mhf_lightning.checkpoint import verify
 from mhf_lightning.checkpoint.trained import read_trained
 from mhf_lightning.data.manifest import Manifest
@@ -214,6 +215,15 @@ def test_interpolation_follows_a_later_flag(corpus, tmp_path):
     args = [*SMALL, "--config", str(tmp_path / "c.yaml"), "--data.path", str(corpus), "--data.micro_batch_size", "4"]
     printed = mhf("fit", *args, "--checkpoint.every_n_steps", "3", "--print_config")
     assert yaml.safe_load(printed[printed.index("seed_everything") :])["checkpoint"]["keep"] == 3
+
+
+@pytest.mark.parametrize(("typed", "hint"), [("fitt", "mhf fit?"), ("reprot", "mhf report?"), ("zzz", "mhf --help")])
+def test_an_unknown_command_names_the_nearest(typed, hint, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([typed, "--help"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(hint)
+    assert all(command in line for command in ("report", "bench", "plan", "generate", "validate"))
 
 
 def test_help_version_and_completion():

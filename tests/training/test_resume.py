@@ -65,11 +65,15 @@ def run(
     every=5,
     keep_every=None,
     max_steps=10,
+    **optimizer,
 ):
     seed_everything(seed)
     recorder = Recorder(stop_after)
     module = PretrainModule(
-        config, OptimizerConfig(lr=1e-2, grad_clip=0.5), ScheduleConfig(warmup_steps=3, total_steps=10), z_loss=1e-4
+        config,
+        OptimizerConfig(**({"lr": 1e-2, "grad_clip": 0.5} | optimizer)),
+        ScheduleConfig(warmup_steps=3, total_steps=10),
+        z_loss=1e-4,
     )
     trainer = Trainer(
         strategy=MHFSingleDevice("cpu"),
@@ -230,6 +234,20 @@ def test_what_no_shape_shows_is_refused_too(corpus, decoder_config, tmp_path):
     decoder_config.num_attention_heads, decoder_config.tie_embeddings = 4, False
     with pytest.raises(ValueError, match=r"num_attention_heads: model 4, checkpoint 2; tie_embeddings: model False"):
         run(corpus, decoder_config, tmp_path, 0, ckpt_path=tmp_path / "step-5")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"lr": 5e-1}, "begun with lr 0.01, and this start has 0.5; leave model.optimizer as it was"),
+        ({"weight_decay": 0.7}, "begun with weight_decay 0.1, and this start has 0.7"),
+        ({"beta2": 0.99}, r"begun with betas \(0.9, 0.95\), and this start has \(0.9, 0.99\)"),
+    ],
+)
+def test_another_optimiser_is_refused(corpus, decoder_config, tmp_path, changed, message):
+    run(corpus, decoder_config, tmp_path, 0, stop_after=5)
+    with pytest.raises(ValueError, match=message):
+        run(corpus, decoder_config, tmp_path, 0, ckpt_path=tmp_path / "step-5", **changed)
 
 
 def test_a_resume_does_not_save_in_the_middle_of_a_step(corpus, decoder_config, tmp_path):
