@@ -24,6 +24,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.trainer import Trainer
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mhf_lightning.callbacks import MonitorConfig
 from mhf_lightning.callbacks.checkpoint import CheckpointConfig, StepCheckpoint
@@ -49,7 +50,8 @@ from mhf_lightning.parsing import SuggestingParser, environment_references, put_
 from mhf_lightning.redaction import redact_tree
 from mhf_lightning.signals import restore_stop_signals
 from mhf_lightning.training.module import PretrainModule
-from mhf_lightning.training.ranks import data_parallel_ranks, is_first_of_replica
+from mhf_lightning.training.ranks import data_parallel_ranks, is_first_of_replica, is_first_process
+from mhf_lightning.training.run_lock import lock_run_folder, make_writable
 
 PARSER_MODE = "omegaconf+"
 
@@ -102,8 +104,10 @@ class MHFCLI(LightningCLI):
         return Path(self._get(self.config, "run_dir"))
 
     def before_instantiate_classes(self) -> None:
-        """Look for the checkpoint that is asked for, and for a run that must not be overwritten."""
+        """Lock the run folder; look for the checkpoint that is asked for, and for a run not to be overwritten."""
         options = self.config[str(self.subcommand)]
+        if self.subcommand == "fit" and is_first_process():
+            (make_writable if options["trainer"].get("fast_dev_run") else lock_run_folder)(self.run_dir)
         checkpoints = self.run_dir / "checkpoints"
         path = options.get("ckpt_path")
         if path == "auto":
@@ -127,7 +131,10 @@ class MHFCLI(LightningCLI):
         options = self.config[str(self.subcommand)]
         if options.get("ckpt_path"):
             options["model"]["init_from"] = None
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except MisconfigurationException as error:
+            raise _as_option_error(error) from error
 
     @rank_zero_only
     def _refuse_existing_run(self) -> None:
@@ -207,6 +214,10 @@ class MHFCLI(LightningCLI):
         trainer.callbacks.append(LambdaCallback(on_train_start=lambda *_: begun.append(True)))
         try:
             trainer.fit(**kwargs)
+        except MisconfigurationException as error:
+            if begun:
+                raise
+            raise _as_option_error(error) from error
         except ValueError:
             if not begun:
                 raise
@@ -218,7 +229,7 @@ class MHFCLI(LightningCLI):
 
         Each data-parallel rank writes a file of its own.
         """
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        make_writable(self.run_dir)
         for path in self.run_dir.glob("predictions*.jsonl"):
             raise ValueError(f"{path} exists; move it away, or choose another --run_dir and give --ckpt_path a folder")
         batches: list[Any] = self.trainer.predict(**{**kwargs, "return_predictions": True}) or []
@@ -234,6 +245,10 @@ class MHFCLI(LightningCLI):
                             json.dumps(dict(zip(("sample_index", "nll", "num_tokens"), row, strict=True))) + "\n"
                         )
         print(f"wrote {path}")
+
+
+def _as_option_error(error: MisconfigurationException) -> ValueError:
+    return ValueError(" ".join(str(error).split()))
 
 
 def find_checkpoint(folder: Path) -> str | None:
@@ -263,8 +278,13 @@ def choose_strategy(config: dict[str, Any]) -> Any:
     """Replace the names ``auto`` and ``ddp`` by strategies whose checkpoints survive a kill.
 
     Raises:
-        ValueError: Another name.
+        ValueError: Another name, or a GPU is asked for where there is none.
     """
+    if config.get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"trainer.accelerator is {config['accelerator']!r}, and torch finds no GPU here; "
+            "on a CPU: --trainer.accelerator cpu --trainer.precision 32-true"
+        )
     strategy = config.get("strategy") or "auto"
     if not isinstance(strategy, str):
         return strategy

@@ -1,10 +1,21 @@
-"""Who reads which data: the data-parallel rank of a process, which is not its global rank where a model is split."""
+"""Which process is the first, and who reads which data: by data-parallel rank, not the global one in a split model."""
 
+import os
 from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from torch import Tensor
+
+
+def is_first_process() -> bool:
+    """Return whether this will be global rank 0, by the environment, before there is a trainer.
+
+    Lightning starts the others of one machine by the same command with a LOCAL_RANK; NODE_RANK, set by hand, tells
+    machines apart.
+    """
+    keys = ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+    return all(os.environ.get(key, "0") == "0" for key in (("RANK",) if "RANK" in os.environ else keys))
 
 
 def data_parallel_ranks(trainer: Trainer) -> tuple[int, int]:
