@@ -1,4 +1,4 @@
-"""Blocked stop signals wait; restored ones end the process, also one that was started with them ignored."""
+"""Blocked stop signals wait; restored ones end the process, also one started with them ignored. The first SIGINT."""
 
 import signal
 import subprocess
@@ -62,3 +62,31 @@ child.send_signal(signal.SIGUSR1)
 sys.exit(child.wait())
 """
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=30).returncode == 0
+
+
+INTERRUPTED = """
+import os, signal, sys
+from mhf_lightning.signals import Interrupt
+if sys.argv[1] == "caught":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+interrupt = Interrupt()
+interrupt.catch("heard")
+os.kill(os.getpid(), signal.SIGINT)
+print(interrupt.requested, flush=True)
+if sys.argv[1] == "caught":
+    interrupt.catch()
+    interrupt.release()
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "said", "printed"), [("caught", "heard", "True\ninterrupted\n"), ("ignored", "", "False\n")]
+)
+def test_the_first_interrupt_is_remembered_unless_it_is_ignored(what, said, printed):
+    command = ["bash", "-c", 'trap "" INT; exec "$@"', "rank", sys.executable, "-c", INTERRUPTED, what]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stderr, done.stdout) == (0, said, printed)

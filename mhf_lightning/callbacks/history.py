@@ -12,7 +12,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from mhf_lightning.callbacks.preemption import EXIT_PREEMPTED
+from mhf_lightning.callbacks.preemption import LEAVING
 from mhf_lightning.checkpoint.strategy import CommittedCheckpoints
 from mhf_lightning.model import ParameterCount, count_parameters
 from mhf_lightning.runs import HISTORY, read_history
@@ -110,7 +110,7 @@ class History(Callback):
     def on_exception(self, trainer: Trainer, pl_module: PretrainModule, exception: BaseException) -> None:  # type: ignore[override]
         """Write any other end; ``SystemExit``, by which preemption leaves, comes here too."""
         reason = "preempted"
-        if not (isinstance(exception, SystemExit) and exception.code == EXIT_PREEMPTED):
+        if not (isinstance(exception, SystemExit) and exception.code in LEAVING):
             first_line = str(exception).partition("\n")[0]
             reason = f"error: {type(exception).__name__}: {first_line}"
         self._write("end", trainer.global_step, tokens=pl_module.tokens_seen, reason=reason)

@@ -77,6 +77,11 @@ class StepProgressBar(Deferring, TQDMProgressBar):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the line as it is."""
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """End the line, before others print why the run ends."""
+        if self._train_progress_bar is not None:
+            self._train_progress_bar.close()
+
     def init_validation_tqdm(self) -> Tqdm:
         """Return a hidden bar during training, which would be a second line."""
         if self.trainer.state.fn == "fit":

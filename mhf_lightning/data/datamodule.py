@@ -14,6 +14,7 @@ from mhf_lightning.data.blocks import Item, PaddedBlocks, TokenBlocks
 from mhf_lightning.data.errors import DataError
 from mhf_lightning.data.manifest import Manifest, verify
 from mhf_lightning.data.sampler import GlobalOrderSampler, SequentialSampler
+from mhf_lightning.signals import ignore_interrupts
 from mhf_lightning.training.ranks import data_parallel_ranks
 
 
@@ -178,6 +179,7 @@ class TokenDataModule(LightningDataModule):
         return {
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
+            "worker_init_fn": ignore_interrupts,
             "pin_memory": trainer.strategy.root_device.type == "cuda",
             # Each new iterator draws a number; from the global generator, that would move dropout.
             "generator": torch.Generator().manual_seed(self.seed),

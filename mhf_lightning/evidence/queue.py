@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mhf_lightning.bench.measure import commit
-from mhf_lightning.callbacks.preemption import EXIT_PREEMPTED
+from mhf_lightning.callbacks.preemption import LEAVING
 from mhf_lightning.data.manifest import MANIFEST, Manifest
 
 NOTICE_SECONDS = 20.0  # from the request to stop until a process is killed: two steps and a save
@@ -225,7 +225,7 @@ class Runner:
         """Write down how a run ended; returns 1 where it failed."""
         row, took = process.row, time.monotonic() - process.begun
         killed = -code in (signal.SIGKILL, signal.SIGUSR1)  # before it could save
-        row.state = {0: "done", EXIT_PREEMPTED: "cut"}.get(code, "cut" if killed else "failed")
+        row.state = "done" if code == 0 else "cut" if killed or code in LEAVING else "failed"
         row.seconds = f"{float(row.seconds or 0) + took:.0f}"
         print(f"{row.name}: {row.state} after {took:.0f} s", flush=True)
         if row.state == "failed":

@@ -44,14 +44,15 @@ class Case:
 
 
 class Moments(Callback):
-    """Sends the signal; logs what happened; slows a rank down."""
+    """Sends the signal, once; logs what happened; slows a rank down."""
 
     def __init__(self, case: Case, rank: int) -> None:
-        self.case, self.rank = case, rank
+        self.case, self.rank, self.sent = case, rank, False
         self.file = (case.folder / f"{rank}.jsonl").open("a", buffering=1)
 
     def send(self, moment: str) -> None:
-        if self.case.moment == moment and self.rank in self.case.ranks:
+        if self.case.moment == moment and self.rank in self.case.ranks and not self.sent:
+            self.sent = True
             self.write(sent=moment)
             os.kill(os.getpid(), self.case.number)
 
@@ -87,6 +88,7 @@ class Moments(Callback):
 def train(case: Case, rank: int, rendezvous: Path) -> None:
     """One rank's process."""
     block_stop_signals()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started the tests with it ignored
     output = os.open(case.folder / f"output-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)

@@ -1,4 +1,4 @@
-"""Signals at every moment to one rank or both: both save the same step, leave with code 75, and go on exactly."""
+"""Signals at every moment to one rank or both: both save the same step, leave with a code for it, and go on exactly."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ import pytest
 import yaml
 from stopping_run import STEPS, Case, events, losses, output, start, wait
 
-from mhf_lightning.callbacks.preemption import EXIT_PREEMPTED
+from mhf_lightning.callbacks.preemption import EXIT_INTERRUPTED, EXIT_PREEMPTED
 from mhf_lightning.checkpoint.folder import checkpoints
 from mhf_lightning.data.prepare import prepare
 
@@ -41,8 +41,11 @@ MOMENTS = {
     "before the first step": ({"moment": "sanity check", "ranks": (1,)}, 0),
     "a step, one rank": ({"moment": "step 6", "ranks": (1,)}, 7),
     "a step, both ranks, SIGTERM": ({"moment": "step 6", "ranks": (0, 1), "number": signal.SIGTERM}, 7),
+    "a step, one rank, SIGINT": ({"moment": "step 6", "ranks": (1,), "number": signal.SIGINT}, 7),
+    "a step, both ranks, SIGINT": ({"moment": "step 6", "ranks": (0, 1), "number": signal.SIGINT}, 7),
     "the step before validation": ({"moment": "step 4", "ranks": (0, 1)}, 5),
     "validation": ({"moment": "validation after step 4", "ranks": (1,)}, 5),
+    "validation, SIGINT": ({"moment": "validation after step 4", "ranks": (0, 1), "number": signal.SIGINT}, 5),
     "a save": ({"moment": "save of step 5", "ranks": (0,)}, 7),
     "a rank that becomes slow": ({"moment": "step 6", "ranks": (0,), "slow_rank": 1}, 7),
 }
@@ -53,7 +56,8 @@ def test_both_ranks_save_leave_and_go_on(whole, corpus, tmp_path, name):
     options, step = MOMENTS[name]
     case = Case(tmp_path, corpus, **options)
     codes = wait(case, start(case))
-    assert codes == [EXIT_PREEMPTED, EXIT_PREEMPTED], output(case)
+    code = EXIT_INTERRUPTED if case.number == signal.SIGINT else EXIT_PREEMPTED
+    assert codes == [code, code], output(case)
     done = [max((event["step"] for event in events(case, rank) if "step" in event), default=0) for rank in range(2)]
     assert done[0] == done[1] < STEPS
     assert done[0] == step
