@@ -7,8 +7,10 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import TextIO
 
 LOCK = "lock"
+_held: dict[Path, TextIO] = {}  # of this process, which may train into a folder again
 
 
 def make_writable(run_dir: Path) -> None:
@@ -35,6 +37,9 @@ def lock_run_folder(run_dir: Path) -> None:
         ValueError: Another process trains into it, or it is of no use.
     """
     make_writable(run_dir)
+    path = (run_dir / LOCK).resolve()
+    if path in _held and path.exists() and os.path.samestat(path.stat(), os.fstat(_held[path].fileno())):
+        return
     try:
         file = (run_dir / LOCK).open("a+", encoding="utf-8")
     except OSError as error:
@@ -62,8 +67,15 @@ def lock_run_folder(run_dir: Path) -> None:
     with suppress(OSError):  # a full disk: the lock holds without the text
         os.ftruncate(file.fileno(), 0)
         os.write(file.fileno(), f"pid {os.getpid()} on host {socket.gethostname()}{job}\n".encode())
-    # A forked worker, which may live a little longer, would hold it too. The reference keeps the file open here.
-    os.register_at_fork(after_in_child=file.close)
+    _held[path] = file
+    # A forked worker, which may live a little longer, would hold it too.
+    os.register_at_fork(after_in_child=lambda: _forget(path, file))
+
+
+def _forget(path: Path, file: TextIO) -> None:
+    file.close()
+    if _held.get(path) is file:
+        del _held[path]
 
 
 def _unusable(path: Path, error: OSError) -> ValueError:

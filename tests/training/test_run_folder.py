@@ -5,6 +5,7 @@ import fcntl
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -210,3 +211,13 @@ def test_what_lightning_refuses_during_training_keeps_its_traceback(begun, raise
     cli.trainer = trainer
     with pytest.raises(raised, match=r"^no\n  such thing$" if begun else "^no such thing$"):
         cli.fit()
+
+
+def test_one_process_trains_into_a_folder_again(tmp_path):
+    run_dir = tmp_path / "run"
+    for _ in range(2):
+        lock_run_folder(run_dir)
+    shutil.rmtree(run_dir)
+    lock_run_folder(run_dir)
+    with (run_dir / "lock").open("a") as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
