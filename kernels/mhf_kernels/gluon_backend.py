@@ -325,7 +325,7 @@ def _weight_parts(programs: int, tiles: int, device: torch.device) -> list[Part]
     slots = multiprocessors(device)
     rest = programs % slots
     most = min(MOST_SPLITS, tiles)
-    splits = min(range(1, most + 1), key=lambda n: triton.cdiv(rest * n, slots) * triton.cdiv(tiles, n), default=1)
+    splits = min(range(1, most + 1), key=lambda n: triton.cdiv(rest * n, slots) * triton.cdiv(tiles, n))
     if rest == 0 or splits == 1:
         return [Part(0, programs, 1, tiles)]
     return _with_rest(programs, rest, tiles, splits)
