@@ -1,4 +1,4 @@
-"""The result of the comparison, from event files alone: tables of variants, seeds and runs, and pictures."""
+"""The result of the comparison, from event files alone: tables of variants, seeds and runs; `pictures` draws it."""
 
 from __future__ import annotations
 
@@ -34,13 +34,6 @@ seconds without compilation, validation and checkpoints."""
 SEEDS = f"""\
 Validation loss at every learning rate with several seeds, and differences to {BASELINE} at equal rate and seed:"""
 COMMAND = "Every run was started, by `mhf evidence run`, with this command; the whole ones are in `results.csv`:"
-AXES = {"tokens": "tokens", "seconds": "seconds of training", "flops": "FLOPs of the model"}
-# Curves begin at half of the tokens. Before, all variants fall by several nats, and what is between them, a tenth of a
-# nat, would be the width of a line.
-DRAWN_FROM = 0.5
-# Pictures reach from the lowest loss to so many times as far as the highest losses of the variants go in the median:
-# one that diverges leaves the picture and does not squeeze the others.
-DRAWN_TO = 1.5
 # What differs from run to run, or from machine to machine, in the command of `mhf evidence run`.
 COMMAND_PARTS = {"run_dir": "RUN", "data.path": "DATA", "model.optimizer.lr": "LR", "seed_everything": "SEED"}
 
@@ -69,7 +62,7 @@ class EvidenceRun:
         commit: Of the code.
         dataset: Beginning of the dataset's id.
         command: How it was started.
-        curve: Validation loss along ``AXES``, and ``loss``, ``[validations]`` each.
+        curve: Validation ``loss``, and the ``tokens``, ``seconds`` and ``flops`` until then, ``[validations]`` each.
     """
 
     size: str
@@ -378,91 +371,15 @@ def _spread(values: list[float], form: str) -> str:
     return _mean(values, form) + (f" ± {statistics.stdev(values):{form.lstrip('+')}}" if finite else "")
 
 
-def draw(variants: dict[str, Summary], path: Path) -> None:
-    """Draw validation loss, mean over seeds, against tokens, seconds and FLOPs; from ``DRAWN_FROM`` of them on.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(16, 6), layout="constrained")
-    lines = []
-    for axes, (axis, label) in zip(figure.subplots(1, len(AXES), sharey=True), AXES.items(), strict=True):
-        for (variant, summary), style in zip(variants.items(), _styles(variants), strict=True):
-            x, y, tokens = (summary.curve(key) for key in (axis, "loss", "tokens"))
-            late = tokens >= DRAWN_FROM * tokens[-1]
-            axes.plot(x[late], y[late], marker=".", label=f"{variant}, {summary.loss:.3f}", **style)
-            lines.append(y[late])
-        axes.set_xlabel(label)
-        axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("validation loss (nats a token)")
-    figure.axes[0].set_ylim(*_limits(lines))
-    figure.axes[-1].legend(fontsize="small")
-    figure.savefig(path, dpi=110)
-
-
-def draw_learning_rates(variants: dict[str, Summary], path: Path) -> None:
-    """Draw validation loss against learning rate: a line through ``Summary.compared``, small points for other seeds.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 7), layout="constrained")
-    axes = figure.subplots()
-    lines = []
-    for (variant, summary), style in zip(variants.items(), _styles(variants), strict=True):
-        compared = summary.compared
-        losses = [run.loss for run in compared.values()]
-        axes.plot(summary.learning_rates, losses, marker="o", label=variant, **style)
-        lines.append(losses)
-        others = [run for runs in summary.sweep.values() for run in runs if run.seed != compared[run.lr].seed]
-        axes.scatter([run.lr for run in others], [run.loss for run in others], s=14, color=style["color"])
-    rates = sorted({lr for summary in variants.values() for lr in summary.learning_rates})
-    axes.set_xscale("log")
-    axes.set_xticks(rates, labels=[f"{lr:g}" for lr in rates])
-    axes.minorticks_off()
-    axes.set_ylim(*_limits(lines))
-    axes.set_xlabel("learning rate")
-    axes.set_ylabel("validation loss (nats a token)")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    figure.savefig(path, dpi=110)
-
-
-def _styles(variants: Iterable[str]) -> list[dict[str, Any]]:
-    """Return how the line of each variant looks: ten colours, then dashed ones; the baseline black."""
-    others = [name for name in variants if name != BASELINE]
-    return [
-        {"color": "black", "linewidth": 2.0}
-        if name == BASELINE
-        else {"color": f"C{others.index(name) % 10}", "linestyle": "-" if others.index(name) < 10 else "--"}
-        for name in variants
-    ]
-
-
-def _limits(lines: Iterable[Iterable[float]]) -> tuple[float, float]:
-    """Return the lowest and highest loss of a picture, with a margin below; see ``DRAWN_TO``."""
-    finite = [line for line in (np.array([y for y in line if math.isfinite(y)]) for line in lines) if line.size]
-    if not finite:
-        return 0.0, 1.0
-    lowest, highest = min(line.min() for line in finite), max(line.max() for line in finite)
-    top = lowest + DRAWN_TO * (statistics.median(line.max() for line in finite) - lowest)
-    margin = 0.04 * max(top - lowest, 0.01)
-    return float(lowest - margin), float(min(highest + margin, top))
-
-
 def write(inputs: list[Path], out: Path) -> None:
     """Write ``results.md``, ``results.csv`` and pictures; the same bytes for the same runs, pictures aside.
-
-    Of each size: curves of its variants, of each variant with its ablations, and loss against learning rate.
 
     Raises:
         ValueError: The inputs hold no comparable runs.
         ImportError: matplotlib is not installed.
     """
+    from mhf_lightning.evidence import pictures  # which imports this module
+
     runs = read_runs(inputs)
     sizes = summarise(runs)
     out.mkdir(parents=True, exist_ok=True)
@@ -479,28 +396,6 @@ def write(inputs: list[Path], out: Path) -> None:
         parts += [f"## {size}", summary_table(variants)]
         if by_seed := seed_table(variants):
             parts += [SEEDS, by_seed]
-        for base, group in pictures(variants).items():
-            name = f"{size}.png" if base is None else f"{size}-{base}.png"
-            draw(group, out / name)
-            parts.append(f"![validation loss{f' of {base} and its ablations' if base else ''} at {size}]({name})")
-        if swept := {name: summary for name, summary in variants.items() if len(summary.sweep) > 1}:
-            name = f"{size}-learning-rates.png"
-            draw_learning_rates(swept, out / name)
-            parts.append(f"![validation loss against learning rate at {size}]({name})")
+        parts += pictures.draw(size, variants, out)
     parts += ["## Runs", run_table(runs)]
     (out / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-
-
-def pictures(variants: dict[str, Summary]) -> dict[str | None, dict[str, Summary]]:
-    """Return what is drawn together: the variants under None, and a variant with its ablations, named after it.
-
-    The baseline is in all of them.
-    """
-    base_of = {name: next((b for b in variants if name.startswith(f"{b}_")), None) for name in variants}
-    groups: dict[str | None, dict[str, Summary]] = defaultdict(dict)
-    for name, summary in variants.items():
-        groups[base_of[name]][name] = summary
-    for base in sorted(base for base in groups if base is not None):
-        baseline = {BASELINE: variants[BASELINE]} if BASELINE in variants else {}
-        groups[base] = {base: variants[base], **baseline, **groups.pop(base)}
-    return dict(groups)
