@@ -2,6 +2,9 @@
 
 Two passes over the inputs, each with one document in memory at a time: the first hashes and counts, and trains the
 tokenizer; the second encodes and writes. All is written to a temporary folder beside the output and renamed at the end.
+
+Where the hashes send all documents to one split, which is for small corpora, the one whose hash comes nearest goes to
+the other, and the first pass is done again.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +27,7 @@ from mhf_lightning.data.errors import DataError
 from mhf_lightning.data.manifest import FORMAT_VERSION, MANIFEST, SPLITS, TOKENIZER, FileEntry, Manifest, check_file
 from mhf_lightning.data.packing import BlockWriter
 from mhf_lightning.data.progress import progress, say
-from mhf_lightning.data.sources import BadDocuments, Source, read_documents, resolve_inputs
+from mhf_lightning.data.sources import BadDocuments, Document, Source, read_documents, resolve_inputs
 from mhf_lightning.data.tokenizer import EOS_TOKEN, eos_id_of, load_tokenizer, train_tokenizer, vocab_size_of
 
 DEFAULT_VOCAB_SIZE = 16384
@@ -39,6 +42,8 @@ class _Scan:
     empty: int = 0
     bad: int = 0
     content: str = ""
+    smallest: tuple[bytes, str] | None = None  # hash and origin, among those whose split the text decides
+    largest: tuple[bytes, str] | None = None
 
 
 class _Corpus:
@@ -52,30 +57,51 @@ class _Corpus:
     ) -> None:
         self._sources, self._held_out, self._text_key, self._skip_bad = sources, held_out, text_key, skip_bad
         self._fraction = validation_fraction
+        self._moved: dict[bytes, str] = {}
 
     def side(self, digest: bytes) -> str:
         """The split of a document: by its text alone, so that copies of it land on one side."""
+        if digest in self._moved:
+            return self._moved[digest]
         return "validation" if int.from_bytes(digest[:8], "big") < self._fraction * 2**64 else "train"
 
-    def _documents(self, bad: BadDocuments) -> Iterator[tuple[str, str | None]]:
-        """Yield (text, split); the split is None where the text decides."""
+    def fill(self, scan: _Scan) -> bool:
+        """Move a document to the split that has none, from the next reading on; False where that is not to be done.
+
+        It is the one whose hash comes nearest to that split, with all copies of it, in whatever order they were read.
+        """
+        if scan.smallest is None or scan.largest is None or scan.smallest[0] == scan.largest[0]:
+            return False
+        for split, (digest, origin) in (("validation", scan.smallest), ("train", scan.largest)):
+            if not scan.documents[split]:
+                self._moved[digest] = split
+                say(f"no document fell to {split} by its hash; the nearest goes there: {origin}")
+                return True
+        return False
+
+    def _documents(self, bad: BadDocuments) -> Iterator[tuple[Document, str | None]]:
+        """Yield (document, split); the split is None where the text decides."""
         side = "train" if self._held_out else None
         for document in read_documents(self._sources, self._text_key, bad):
-            yield document.text, side
+            yield document, side
         for document in read_documents(self._held_out, self._text_key, bad):
-            yield document.text, "validation"
+            yield document, "validation"
 
     def read(self, scan: _Scan, quiet: bool) -> Iterator[tuple[str, str, int]]:
         """Yield (text, split, bytes of UTF-8), leaving out empty documents; fills `scan` as it goes."""
         bad = BadDocuments(self._skip_bad, (lambda message: None) if quiet else (lambda text: say(f"warning: {text}")))
         content = hashlib.sha256()
-        for text, given in self._documents(bad):
+        for document, given in self._documents(bad):
+            text = document.text
             if not text:
                 scan.empty += 1
                 continue
             data = text.encode("utf-8")
             digest = hashlib.blake2b(data, digest_size=16).digest()
             content.update(digest)
+            if given is None:
+                named = digest, document.origin
+                scan.smallest, scan.largest = min(scan.smallest or named, named), max(scan.largest or named, named)
             split = given or self.side(digest)
             scan.documents[split] += 1
             yield text, split, len(data)
@@ -139,14 +165,11 @@ def prepare(
         "shard_rows": shard_rows,
     }
     corpus = _Corpus(sources, held_out, text_key, skip_bad, fraction)
-    scan = _Scan()
     if given is not None or existing is not None:
-        for _ in _first_pass(corpus, scan, "reading"):
-            pass
-        used = given
+        scan, used = _first_pass(corpus, None)[0], given
     else:
-        used = train_tokenizer(_first_pass(corpus, scan, "reading"), size, eos_token)
-        if vocab_size_of(used) < size:
+        scan, used = _first_pass(corpus, lambda texts: train_tokenizer(texts, size, eos_token))
+        if used is not None and vocab_size_of(used) < size:
             say(f"warning: the corpus is too small for {size} tokens: the vocabulary has {vocab_size_of(used)}.")
     if held_out:
         options["documents"] = scan.documents  # the hash of the content does not tell where the training split ends
@@ -222,13 +245,20 @@ def _existing(target: Path) -> Manifest | None:
     return Manifest.load(target)
 
 
-def _first_pass(corpus: _Corpus, scan: _Scan, title: str) -> Iterator[str]:
-    """Yield the texts of the training documents; at the end check that both sides have documents."""
-    with progress(title) as advance:
-        for text, split, size in corpus.read(scan, quiet=False):
-            advance(1, size)
-            if split == "train":
-                yield text
+def _first_pass(corpus: _Corpus, train: Callable[[Iterator[str]], Tokenizer] | None) -> tuple[_Scan, Tokenizer | None]:
+    """Hash and count the documents, and train a tokenizer on those for training if that is asked for."""
+    title, tokenizer = "reading", None
+    while True:
+        scan = _Scan()
+        texts = _training_texts(corpus, scan, title)
+        if train is None:
+            for _ in texts:
+                pass
+        else:
+            tokenizer = train(texts)
+        if not corpus.fill(scan):
+            break
+        title = "reading again"
     total = sum(scan.documents.values())
     if not total:
         raise DataError(
@@ -237,11 +267,24 @@ def _first_pass(corpus: _Corpus, scan: _Scan, title: str) -> Iterator[str]:
         )
     for split in SPLITS:
         if not scan.documents[split]:
+            if scan.smallest is None:
+                where = "the --validation_input holds" if split == "validation" else "the other inputs hold"
+                raise DataError(f"no document fell to {split}: {where} no text. Give files with text in them.")
+            found = "is one" if total == 1 else f"are {total}, all of the same text"
             raise DataError(
-                f"no document fell to {split}: there are {total}, and each goes to one side whole, by a hash of its "
-                "text unless --validation_input is given. Give more documents (a .jsonl with one a line, or several "
-                "files), or change --validation_fraction."
+                f"no document fell to {split}: there {found}, and each goes to one side whole. Give more documents (a "
+                ".jsonl with one a line, or several files), or another file with --validation_input."
             )
+    return scan, tokenizer
+
+
+def _training_texts(corpus: _Corpus, scan: _Scan, title: str) -> Iterator[str]:
+    """Yield the texts of the training documents; warnings are for the first reading."""
+    with progress(title) as advance:
+        for text, split, size in corpus.read(scan, quiet=title != "reading"):
+            advance(1, size)
+            if split == "train":
+                yield text
 
 
 def _second_pass(

@@ -31,6 +31,14 @@ def test_prepare_inspect_verify(corpus, tmp_path, capsys):
     assert "3 files match" in capsys.readouterr().out
 
 
+def test_a_folder_of_few_text_files(tmp_path, capsys):
+    for name in ("one", "two", "three"):
+        (tmp_path / f"{name}.txt").write_text(f"The file of {name}. " * 50)
+    assert main(["prepare", str(tmp_path), "--out", str(tmp_path / "out"), "--vocab_size", "300"]) == 0
+    assert f"no document fell to validation by its hash; the nearest goes there: {tmp_path}/" in capsys.readouterr().err
+    assert [split.documents for split in Manifest.load(tmp_path / "out").splits.values()] == [2, 1]
+
+
 def test_verify_exit_codes(dataset, tmp_path, capsys):
     path = dataset / "train-00000.arrow"
     path.write_bytes(path.read_bytes()[:-1])

@@ -1,6 +1,8 @@
 import errno
+import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -74,6 +76,30 @@ def test_every_token_is_a_target_once_and_text_comes_back(prepared, texts):
 def test_validation_fraction(prepared, texts):
     share = Manifest.load(prepared).splits["validation"].documents / len(texts)
     assert share == pytest.approx(0.1, abs=0.05)
+
+
+@pytest.mark.parametrize(("fraction", "split"), [(0.001, "validation"), (0.999, "train")])
+def test_of_few_documents_one_goes_to_each_side(tmp_path, texts, capsys, fraction, split):
+    options = {**OPTIONS, "validation_fraction": fraction}
+    few = {hashlib.blake2b(text.encode(), digest_size=16).digest(): text for text in texts[:5]}
+    chosen = few[min(few) if split == "validation" else max(few)]
+    copies = [*texts[:5], chosen]
+    for name, order, workers in (("a", copies, 1), ("b", copies[::-1], 2)):
+        path = write_jsonl(tmp_path / f"{name}.jsonl", order)
+        path.write_text(path.read_text() + "oops\n")
+        manifest = prepare([str(path)], str(tmp_path / name), **{**options, "num_workers": workers}, skip_bad=1)
+        printed = capsys.readouterr().err
+        line = re.search(rf"no document fell to {split} by its hash; the nearest goes there: {path}:(\d)\n", printed)
+        assert order[int(line[1]) - 1] == chosen
+        assert printed.count("skipped bad document") == 1  # though this pass is done twice
+        assert {key: value.documents for key, value in manifest.splits.items()} == {
+            key: 2 if key == split else 4 for key in SPLITS
+        }
+        stream = load_tokenizer(tmp_path / name).decode(stream_of(tmp_path / name, split)[0])
+        assert stream == chosen * 2
+        assert prepare([str(path)], str(tmp_path / name), **options, skip_bad=1) == manifest  # already there
+        capsys.readouterr()
+    assert (tmp_path / "a/tokenizer.json").read_bytes() == (tmp_path / "b/tokenizer.json").read_bytes()
 
 
 def test_an_input_of_its_own_is_the_validation_split(tmp_path, texts):
@@ -269,10 +295,18 @@ def test_empty_corpus(tmp_path):
 
 
 def test_one_side_without_documents(tmp_path):
-    (tmp_path / "a.txt").write_text("a single document " * 100)
-    with pytest.raises(DataError, match=r"no document fell to (train|validation): there are 1.*--validation_fraction"):
-        prepare([str(tmp_path / "a.txt")], str(tmp_path / "out"), **OPTIONS)
-    assert not (tmp_path / "out").exists()
+    names = [str(tmp_path / name) for name in ("a.txt", "b.txt", "empty.txt")]
+    for name, text in zip(names, ("a single document " * 100, "a single document " * 100, ""), strict=True):
+        Path(name).write_text(text)
+    for inputs, options, problem in (
+        (names[:1], OPTIONS, r"to (train|validation): there is one, .*Give more documents.* with --validation_input"),
+        (names[:2], OPTIONS, r"to (train|validation): there are 2, all of the same text, .*--validation_input"),
+        (names[:1], {"validation_input": names[2], "vocab_size": 300}, r"to validation: the --validation_input holds"),
+        (names[2:], {"validation_input": names[0], "vocab_size": 300}, r"to train: the other inputs hold no text"),
+    ):
+        with pytest.raises(DataError, match=f"no document fell {problem}"):
+            prepare(inputs, str(tmp_path / "out"), **options)
+        assert not (tmp_path / "out").exists()
 
 
 def test_bad_line_through_workers(tmp_path, texts):
