@@ -5,6 +5,8 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
+from mhf_lightning.checkpoint.files import write_file
+
 
 class ResolvedConfig(Callback):
     """Writes ``config.yaml`` when ``fit`` starts; each resumed start adds ``config-resume-N.yaml``.
@@ -18,10 +20,20 @@ class ResolvedConfig(Callback):
 
     @rank_zero_only
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the file; nothing is overwritten."""
+        """Write the file, which appears when it is whole; nothing is overwritten.
+
+        Raises:
+            CheckpointError: The system refused; the message names the file.
+        """
         self.run_dir.mkdir(parents=True, exist_ok=True)
         path, resumed = self.run_dir / "config.yaml", 0
         while path.exists():
             resumed += 1
             path = self.run_dir / f"config-resume-{resumed}.yaml"
-        path.write_text(self.text, encoding="utf-8")
+        new = path.with_name(path.name + ".tmp")
+        new.unlink(missing_ok=True)
+        try:
+            write_file(new, [self.text.encode()])
+            new.rename(path)
+        finally:
+            new.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """One training at a time into a run folder: rank 0 holds a lock on the file ``lock`` there until its process ends."""
 
+import errno
 import fcntl
 import os
 import socket
@@ -10,19 +11,20 @@ from tempfile import TemporaryFile
 from typing import TextIO
 
 LOCK = "lock"
+_ROOM = 1 << 16  # bytes that a start writes at least: its configuration, an event file, lines of the history
 _held: dict[Path, TextIO] = {}  # of this process, which may train into a folder again
 
 
 def make_writable(run_dir: Path) -> None:
-    """Make the run folder where there is none, and try whether it takes a file.
+    """Make the run folder where there is none, and try whether it takes a file, which a full disk does not.
 
     Raises:
         ValueError: It is of no use.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=run_dir):
-            pass
+        with TemporaryFile(dir=run_dir) as file:
+            file.write(bytes(_ROOM))
     except OSError as error:
         raise _unusable(run_dir, error) from error
 
@@ -79,4 +81,5 @@ def _forget(path: Path, file: TextIO) -> None:
 
 
 def _unusable(path: Path, error: OSError) -> ValueError:
-    return ValueError(f"cannot write to {path}: {error.strerror}; choose another --run_dir")
+    way_out = "make room there, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    return ValueError(f"cannot write to {path}: {error.strerror}; {way_out}choose another --run_dir")

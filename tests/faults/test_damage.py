@@ -72,20 +72,6 @@ def test_a_run_resumed_before_the_damage_ends_the_same(finished, tmp_path):
     assert_equal(finished.checkpoints / "step-9", whole.checkpoints / "step-9")
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 2 MiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        pytest.skip(f"mounting is not permitted: {done.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
-
-
 @pytest.mark.parametrize("background", [True, False])
 def test_a_full_disk_stops_the_run_and_leaves_the_previous_checkpoint(small_corpus, tmp_path, small_disk, background):
     whole = Run(small_corpus, str(tmp_path / "whole"), strategy="ddp", ranks=2, max_steps=3, accumulate=1)

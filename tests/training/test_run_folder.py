@@ -5,12 +5,14 @@ import fcntl
 import multiprocessing
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +21,7 @@ import torch
 from forked import mhf, start
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from mhf_lightning.callbacks.run_folder import ResolvedConfig
 from mhf_lightning.runs.read import find_runs
 from mhf_lightning.training.cli import MHFCLI
 from mhf_lightning.training.ranks import is_first_process
@@ -176,6 +179,45 @@ def test_a_folder_that_cannot_be_written_is_named(corpus, tmp_path, command, kin
     more = ["--trainer.fast_dev_run", "1"] if command == "fast_dev_run" else []
     error = error_line(mhf("fit", *arguments(corpus, run_dir, *more), code=2))
     assert re.fullmatch(rf"cannot write to {run_dir}: .*; choose another --run_dir", error)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_and_leaves_the_run_as_it_was(corpus, small_disk):
+    run_dir = small_disk / "run"
+    mhf("fit", *arguments(corpus, run_dir, "--trainer.max_steps", "1"))
+    (run_dir / "lock").write_text("")
+    before = contents(run_dir)
+    with suppress(OSError), (small_disk / "filling").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1 << 12))
+    printed = mhf("fit", *arguments(corpus, run_dir, "--trainer.max_steps", "2", "--ckpt_path", "auto"), code=2)
+    assert error_line(printed) == (
+        f"cannot write to {run_dir}: No space left on device; make room there, or choose another --run_dir"
+    )
+    assert {**contents(run_dir), run_dir / "lock": b""} == before
+    (small_disk / "filling").unlink()
+    mhf("fit", *arguments(corpus, run_dir, "--trainer.max_steps", "2", "--ckpt_path", "auto"))
+    assert (run_dir / "config-resume-1.yaml").stat().st_size > 1000
+
+
+def test_a_configuration_that_cannot_be_written_is_named_and_not_left(tmp_path):
+    (tmp_path / "config.yaml").touch()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(
+            ValueError, match=rf"^{tmp_path}/config-resume-1.yaml\S* could not be written: File too large"
+        ):
+            ResolvedConfig(tmp_path, "#" * 1001).on_fit_start(None, None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    ResolvedConfig(tmp_path, "a: 1\n").on_fit_start(None, None)
+    assert (tmp_path / "config-resume-1.yaml").read_text() == "a: 1\n"
 
 
 @pytest.mark.slow
