@@ -153,10 +153,12 @@ class MHFCLI(LightningCLI):
         if config.get("enable_progress_bar") is not False:
             callbacks.append(progress_bar())
         if self.subcommand == "fit":
+            is_trial = bool(config.get("fast_dev_run"))  # of a few steps; it leaves the run folder as it is
             callbacks.append(RunSummary(self.run_dir, self._get(self.config_init, "sample_prompt")))
-            text = self._text_of_config()
-            callbacks += [ResolvedConfig(self.run_dir, text), RunText(text), History(self.run_dir)]
-            if config.get("enable_checkpointing") is not False and not config.get("fast_dev_run"):
+            if not is_trial:
+                text = self._text_of_config()
+                callbacks += [ResolvedConfig(self.run_dir, text), RunText(text), History(self.run_dir)]
+            if config.get("enable_checkpointing") is not False and not is_trial:
                 checkpoint = StepCheckpoint(self.run_dir / "checkpoints", self._get(self.config_init, "checkpoint"))
                 callbacks += [checkpoint, Preemption(checkpoint)]
             else:

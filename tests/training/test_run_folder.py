@@ -221,6 +221,18 @@ def test_a_configuration_that_cannot_be_written_is_named_and_not_left(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--ckpt_path", "auto"]])
+def test_a_trial_of_a_few_steps_writes_nothing(corpus, tmp_path, more):
+    run_dir = tmp_path / "run"
+    if more:
+        mhf("fit", *arguments(corpus, run_dir, "--trainer.max_steps", "1"))
+    before = contents(tmp_path)
+    printed = mhf("fit", *arguments(corpus, run_dir, *more, "--trainer.fast_dev_run", "2"))
+    assert "max_steps=2` reached" in printed
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_without_write_permission_is_named(corpus, tmp_path):
     tmp_path.chmod(0o500)
