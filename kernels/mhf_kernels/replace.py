@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -12,6 +14,9 @@ from mhf_kernels.initialization import InitGains
 from mhf_kernels.layer import FlashMHF
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+# Of the parameters: how far off is warned of, and what a width has to keep to be named. Of four sub-networks or more,
+# half of one is less than FAR.
+FAR, NEAR = 0.1, 0.05
 
 
 def replace_ffn(model: nn.Module, *, d_h: int, d_e: int, num_subnetworks: int | None = None, **options: Any) -> None:
@@ -26,7 +31,8 @@ def replace_ffn(model: nn.Module, *, d_h: int, d_e: int, num_subnetworks: int | 
         model: changed in place.
         d_h: width of a head; must divide the model's width.
         d_e: width of a sub-network.
-        num_subnetworks: E; None takes the number that comes nearest to the parameters of the layer that goes.
+        num_subnetworks: E; None takes the number that comes nearest to the parameters of the layer that goes. Where it
+            comes no nearer than 10%, a warning names a smaller d_e.
         options: further arguments of `FlashMHF`; `gains` may be a dictionary, as the settings hold it.
 
     Raises:
@@ -54,15 +60,37 @@ def replace_ffn(model: nn.Module, *, d_h: int, d_e: int, num_subnetworks: int | 
         d_model = down.out_features
         if d_h < 1 or d_model % d_h != 0:
             raise ValueError(f"d_h must divide the model's width, {d_model}; got {d_h}")
-        layer = partial(FlashMHF, d_model, d_model // d_h, d_e=d_e, **options)
+        layer: Callable[..., FlashMHF] = partial(FlashMHF, d_model, d_model // d_h, **options)
         if num_subnetworks is None:  # all layers of these models are alike
-            one, two = (_count(layer(num_subnetworks=e, device="meta")) for e in (1, 2))
-            num_subnetworks = max(1, 1 + round((_count(old) - one) / (two - one)))
-        new = layer(num_subnetworks=num_subnetworks, device=down.weight.device, dtype=down.weight.dtype)
+            num_subnetworks = _matched(layer, d_e, _count(old))
+        new = layer(num_subnetworks, d_e, device=down.weight.device, dtype=down.weight.dtype)
         setattr(parent, name, new.train(old.training))
     if hasattr(model, "config"):
         config: Any = model.config
         config.flash_mhf = {**settings, "num_subnetworks": num_subnetworks}
+
+
+def _matched(layer: Callable[..., FlashMHF], d_e: int, wanted: int) -> int:
+    """Return the number of sub-networks that comes nearest to a number of parameters; warn where that is not near."""
+    one, two, wider = (_count(layer(e, width, device="meta")) for e, width in ((1, d_e), (2, d_e), (1, d_e + 1)))
+
+    def nearest(width: int) -> tuple[int, float]:
+        """E, and the share of parameters above what is wanted; `2 one - two` of them are not in sub-networks."""
+        each = two - one + (width - d_e) * (wider - one)
+        e = max(1, round((wanted - (2 * one - two)) / each))
+        return e, (2 * one - two + e * each) / wanted - 1
+
+    num_subnetworks, excess = nearest(d_e)
+    if abs(excess) > FAR:
+        widths = range(d_e // 16 * 16, 0, -16)  # of those that the kernels take, the widest
+        near = next((width for width in widths if abs(nearest(width)[1]) <= NEAR), None)
+        more = f"{abs(excess):.0%} {'more' if excess > 0 else 'fewer'}"
+        warnings.warn(
+            f"a FlashMHF layer with d_e {d_e} and E = {num_subnetworks} has {more} parameters than the layer that it "
+            f"replaces; {'no smaller d_e' if near is None else f'd_e {near}'} matches to within {NEAR:.0%}",
+            stacklevel=3,
+        )
+    return num_subnetworks
 
 
 def _count(module: nn.Module) -> int:

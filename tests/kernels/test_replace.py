@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,31 @@ def test_a_real_size_is_matched_within_two_percent():
         before = count(net.model.layers[0].mlp)
         replace_ffn(net, d_h=128, d_e=256)
     assert abs(count(net.model.layers[0].mlp) / before - 1) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("d_e", "mlp", "warning"),
+    [
+        (4096, 256, "d_e 4096 and E = 1 has 1517% more parameters than the layer that it replaces; d_e 224 matches"),
+        (160, 256, "d_e 160 and E = 1 has 21% fewer parameters than the layer that it replaces; d_e 112 matches"),
+        (32, 32, "d_e 32 and E = 1 has 135% more parameters than the layer that it replaces; no smaller d_e matches"),
+    ],
+)
+def test_a_width_that_cannot_match_is_warned_of(d_e, mlp, warning):
+    net = model(intermediate_size=mlp)
+    before = count(net.model.layers[0].mlp)
+    with pytest.warns(UserWarning, match=re.escape(warning)) as found:
+        replace_ffn(net, d_h=16, d_e=d_e)
+    assert [record.filename for record in found] == [__file__]
+    excess = count(net.model.layers[1].mlp) / before - 1
+    assert f"{abs(excess):.0%} {'more' if excess > 0 else 'fewer'}" in warning
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        replace_ffn(model(intermediate_size=mlp), **net.config.flash_mhf)  # the number of sub-networks is given
+        if named := re.search(r"; d_e (\d+)", warning):
+            net = model(intermediate_size=mlp)
+            replace_ffn(net, d_h=16, d_e=int(named[1]))
+            assert abs(count(net.model.layers[1].mlp) / before - 1) <= 0.05
 
 
 def test_dtype_device_and_mode_stay():
