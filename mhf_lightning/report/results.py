@@ -143,7 +143,9 @@ def load(paths: list[Path]) -> list[Result]:
     """
     folders = [path.resolve() for path in paths]
     for path, folder in zip(paths, folders, strict=True):
-        if not any((folder / entry).exists() for entry in ("config.yaml", "history.jsonl", "tensorboard")):
+        if not _is_run(folder):
+            if folder.is_dir() and any(_is_run(inner) for inner in folder.iterdir()):
+                raise ValueError(f"{path} is no run folder, but holds some; give those: {path}/*")
             raise ValueError(f"{path} is no run folder; give the --run_dir of mhf fit, which holds config.yaml")
         if folders.count(folder) > 1:
             raise ValueError(f"{path} is given twice")
@@ -153,6 +155,10 @@ def load(paths: list[Path]) -> list[Result]:
         _load(folder.name if names.count(folder.name) == 1 else folder.relative_to(common).as_posix(), folder)
         for folder in folders
     ]
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / entry).exists() for entry in ("config.yaml", "history.jsonl", "tensorboard"))
 
 
 def _load(name: str, folder: Path) -> Result:

@@ -54,6 +54,13 @@ def test_what_is_no_run_is_one_line(tmp_path):
     assert not (tmp_path / "report.html").exists()
 
 
+def test_a_folder_of_runs_names_what_to_give(tmp_path):
+    write_run(tmp_path / "runs/one")
+    printed = mhf("report", str(tmp_path / "runs"), "-o", str(tmp_path / "report.html"), code=2)
+    expected = f"{tmp_path}/runs is no run folder, but holds some; give those: {tmp_path}/runs/*"
+    assert printed == f"mhf report: error: {expected}\n"
+
+
 def test_damage_is_a_warning_on_the_terminal_and_on_the_page(tmp_path):
     run = write_run(tmp_path / "one")
     damaged = write_events(run / "tensorboard", [("train/loss", 20, 5.0)], number=1)
