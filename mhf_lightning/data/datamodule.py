@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from mhf_lightning.data.blocks import Item, PaddedBlocks, TokenBlocks
@@ -91,6 +92,7 @@ class TokenDataModule(LightningDataModule):
         rank, world_size = self._data_parallel()
         blocks = self._blocks("train")
         window = world_size * self.micro_batch_size
+        self._say_passes(len(blocks), trainer.max_steps, trainer.accumulate_grad_batches * window)
         sampler = GlobalOrderSampler(
             num_samples_in_dataset=len(blocks),
             total_samples=trainer.max_steps * trainer.accumulate_grad_batches * window,
@@ -101,6 +103,16 @@ class TokenDataModule(LightningDataModule):
             micro_batch_size=self.micro_batch_size,
         )
         return DataLoader(blocks, batch_sampler=sampler, **self._loader_options())
+
+    def _say_passes(self, blocks: int, steps: int, global_batch: int) -> None:
+        """Say how often the run goes over the data, where that is more than once."""
+        passes = steps * global_batch / blocks
+        run = f"{steps:,} steps of {global_batch:,} blocks"
+        line = f"{run} are {passes:,.2f} passes over the {blocks:,} training blocks of {self.path}"
+        if global_batch > blocks:
+            rank_zero_warn(f"{line}: each step sees blocks more than once; use a smaller global batch, or more data")
+        elif passes > 1:
+            rank_zero_info(line)
 
     def val_dataloader(self) -> DataLoader[Item]:
         """The validation batches of this rank, all of one shape."""

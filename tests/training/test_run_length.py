@@ -1,0 +1,37 @@
+"""How long a run is: passes over the data."""
+
+from pathlib import Path
+
+import pytest
+from forked import mhf
+
+from mhf_lightning.data.manifest import Manifest
+from mhf_lightning.data.prepare import prepare
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+MODEL = [
+    *("--config", str(ROOT / "configs/model/flash_mhf.yaml"), "--config", str(ROOT / "configs/trainer/cpu.yaml")),
+    *("--model.decoder.vocab_size", "300", "--model.decoder.d_model", "64", "--model.decoder.num_layers", "1"),
+    *("--model.decoder.ffn.d_e", "32", "--model.schedule.warmup_steps", "1", "--trainer.num_sanity_val_steps", "0"),
+]
+
+
+def test_passes_over_the_data_are_counted(tmp_path):
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.txt").write_text(f"{name} few words. " * 40)
+    data = tmp_path / "data"
+    prepare([f"{tmp_path}/*.txt"], str(data), context_length=16, vocab_size=300, num_workers=1)
+    blocks = Manifest.load(data).splits["train"].blocks
+
+    def fit(name: str, steps: int, batch: int) -> str:
+        options = ["--data.path", str(data), "--data.micro_batch_size", str(batch), "--run_dir", str(tmp_path / name)]
+        return mhf("fit", *MODEL, *options, "--trainer.limit_val_batches", "0", "--trainer.max_steps", str(steps))
+
+    assert " passes over " not in fit("once", 1, blocks)
+    twice = f"2 steps of {blocks} blocks are 2.00 passes over the {blocks} training blocks of {data}"
+    assert fit("twice", 2, blocks).count(f"{twice}\n") == 1
+    larger = (
+        f"1 steps of {2 * blocks} blocks are 2.00 passes over the {blocks} training blocks of {data}: each step sees"
+    )
+    assert fit("larger", 1, 2 * blocks).count(larger) == 1
