@@ -340,6 +340,12 @@ class PretrainModule(LightningModule):
         self._positions_per_batch = batch["labels"].numel()
         self.tokens_seen += self._positions_per_batch * data_parallel_ranks(self.trainer)[1]
 
+    def on_train_batch_end(self, *_: Any) -> None:
+        """After the last step ask Lightning to stop, before which it validates (and logs), whatever the interval."""
+        trainer = self.trainer
+        if 0 < trainer.max_steps <= trainer.global_step and trainer.enable_validation:
+            trainer.should_stop = True
+
     def on_validation_start(self) -> None:
         """Count the last step before its validation."""
         self._count_step()

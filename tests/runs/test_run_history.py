@@ -148,7 +148,13 @@ def test_an_error_in_training_is_none_of_the_options(corpus, tmp_path):
     unsaved.touch()  # no folder can be made in its place
     assert begin(run_dir, corpus, "--trainer.max_steps", "8").wait() == 1
     assert f"{unsaved} could not be made" in (tmp_path / "runs/out").read_text()
-    assert [line["event"] for line in lines(run_dir)] == ["start", "progress", "progress", "end"]  # no checkpoint
+    assert [line["event"] for line in lines(run_dir)] == [
+        "start",
+        "progress",
+        "validation",
+        "progress",
+        "end",
+    ]  # no checkpoint
 
 
 @pytest.mark.slow
@@ -157,7 +163,8 @@ def test_two_ranks_write_one_history(corpus, tmp_path):
     two = ("--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_steps", "8")
     assert begin(run_dir, corpus, *two).wait() == 0, (tmp_path / "runs/out").read_text()
     history = lines(run_dir)
-    assert [line["event"] for line in history] == ["start", "progress", "progress", "checkpoint", "end"]
+    events = ["start", "progress", "validation", "progress", "checkpoint", "end"]
+    assert [line["event"] for line in history] == events
     assert (history[0]["world_size"], len(history[0]["hosts"])) == (2, 1)
     assert history[-1]["tokens"] == 8 * 2 * 64
     assert history[-1]["reason"] == "completed"

@@ -1,5 +1,9 @@
-"""How long a run is: passes over the data."""
+"""How long a run is: passes over the data, and the validation of its last weights."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +19,34 @@ MODEL = [
     *("--model.decoder.vocab_size", "300", "--model.decoder.d_model", "64", "--model.decoder.num_layers", "1"),
     *("--model.decoder.ffn.d_e", "32", "--model.schedule.warmup_steps", "1", "--trainer.num_sanity_val_steps", "0"),
 ]
+
+
+def validations(run_dir: Path) -> list[int]:
+    lines = (run_dir / "history.jsonl").read_text().splitlines()
+    return [event["step"] for event in map(json.loads, lines) if event["event"] == "validation"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_last_weights_are_validated_once(corpus, tmp_path, ranks):
+    options = {
+        **{"--data.path": corpus, "--data.micro_batch_size": 2, "--run_dir": tmp_path, "--trainer.devices": ranks},
+        **{"--trainer.accumulate_grad_batches": 2, "--trainer.val_check_interval": 4, "--trainer.limit_val_batches": 2},
+    }
+    args = [*MODEL, *(str(word) for pair in options.items() for word in pair), "--ckpt_path", "auto"]
+
+    def fit(max_steps: int) -> str:
+        command = [sys.executable, "-m", "mhf_lightning.cli", "fit", *args, "--trainer.max_steps", str(max_steps)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    assert "validation at step 5" in fit(5)
+    assert validations(tmp_path) == [2, 4, 5]
+    fit(5)  # it is done
+    assert validations(tmp_path) == [2, 4, 5]
+    fit(8)
+    assert validations(tmp_path) == [2, 4, 5, 6, 8]  # the last is due by the interval too
 
 
 def test_passes_over_the_data_are_counted(tmp_path):
