@@ -8,6 +8,7 @@ from typing import Any, Optional
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from mhf_kernels import FlashMHF
@@ -409,6 +410,7 @@ class PretrainModule(LightningModule):
         """Store the architecture as a plain dictionary, and the counters."""
         self._count_step()
         checkpoint["decoder_config"] = self.decoder.config.to_dict()
+        checkpoint["schedule_steps"] = self.schedule_config.length(self.trainer.max_steps)
         checkpoint["tokens_seen"] = self.tokens_seen
         # Not under "skipped_steps": DeepSpeed keeps a count of its own by that name among these values.
         checkpoint["non_finite_steps"] = {"total": self.skipped_steps, "in_a_row": self._skipped_in_a_row}
@@ -423,6 +425,14 @@ class PretrainModule(LightningModule):
         """
         check_architecture(self.state_dict(), checkpoint["state_dict"])
         check_config(self.decoder.config, checkpoint["decoder_config"])
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            now = self.schedule_config.length(self.trainer.max_steps)
+            before = checkpoint.get("schedule_steps", now)  # older ones do not tell
+            if now != before:
+                rank_zero_info(
+                    f"the learning-rate schedule has {now:,} steps, and had {before:,} when the checkpoint was saved; "
+                    f"--model.schedule.total_steps {before} keeps it as it was"
+                )
         self.tokens_seen = checkpoint.get("tokens_seen", 0)
         skipped = checkpoint.get("non_finite_steps", {"total": 0, "in_a_row": 0})
         self.skipped_steps, self._skipped_in_a_row = skipped["total"], skipped["in_a_row"]

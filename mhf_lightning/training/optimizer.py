@@ -60,13 +60,17 @@ class ScheduleConfig:
     final_ratio: float = 0.01
     total_steps: Optional[int] = None  # noqa: UP045 - the CLI evaluates annotations, also on Python 3.10
 
+    def length(self, max_steps: int) -> int:
+        """Return the steps of the schedule in a run of ``max_steps``."""
+        return self.total_steps or max_steps
+
     def factor(self, total_steps: int) -> Callable[[int], float]:
         """Return the share of the peak learning rate as a function of the steps done.
 
         Raises:
             ValueError: Warm-up and decay do not fit into the run.
         """
-        total = self.total_steps or total_steps
+        total = self.length(total_steps)
         if self.warmup_steps < 0 or self.decay_steps < 0 or self.warmup_steps + self.decay_steps > total:
             raise ValueError(
                 f"schedule: warmup_steps {self.warmup_steps} + decay_steps {self.decay_steps} do not fit into "

@@ -1,4 +1,4 @@
-"""How long a run is: passes over the data, and the validation of its last weights."""
+"""How long a run is: passes over the data, the validation of its last weights, and the schedule of one made longer."""
 
 import json
 import os
@@ -43,10 +43,12 @@ def test_the_last_weights_are_validated_once(corpus, tmp_path, ranks):
 
     assert "validation at step 5" in fit(5)
     assert validations(tmp_path) == [2, 4, 5]
-    fit(5)  # it is done
+    assert "learning-rate schedule" not in fit(5)  # it is done
     assert validations(tmp_path) == [2, 4, 5]
-    fit(8)
+    printed = fit(8)
     assert validations(tmp_path) == [2, 4, 5, 6, 8]  # the last is due by the interval too
+    line = "the learning-rate schedule has 8 steps, and had 5 when the checkpoint was saved; "
+    assert printed.count(line + "--model.schedule.total_steps 5 keeps it as it was") == 1
 
 
 def test_passes_over_the_data_are_counted(tmp_path):
