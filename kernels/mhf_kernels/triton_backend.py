@@ -18,6 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mhf_kernels import triton_kernels, tuning
+from mhf_kernels.launching import launch
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -73,9 +74,9 @@ def forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> Tensor:
         return o
     q_seq, r_seq = _sequences(q, r)
     if _is_decoding(q_seq):
-        _launch("decode", q, lambda tile: _forward(q_seq, k, u, v, r_seq, o, decode_tile(tile, q_seq)))
+        _with_tile("decode", q, lambda tile: _forward(q_seq, k, u, v, r_seq, o, decode_tile(tile, q_seq)))
     else:
-        _launch("forward", q, lambda tile: _forward(q_seq, k, u, v, r_seq, o, tile))
+        _with_tile("forward", q, lambda tile: _forward(q_seq, k, u, v, r_seq, o, tile))
     return o
 
 
@@ -111,14 +112,14 @@ def _forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor, o: Tensor, t
 
     constants = _constants(q, tile, d_e)
     described = _described((q,), (k, u, v), tile, constants)
-    with on(q.device):
-        triton_kernels.forward_kernel[(programs, splits)](
-            *described, r, out,
-            *q.stride(), *k.stride(), *u.stride(), *v.stride(), *r.stride(),
-            length, heads, heads // kuv_heads, subnetworks, d_e,
-            tiles_per_split, tiles_m, batch * length,
-            **constants, num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )  # fmt: skip
+    launch(
+        triton_kernels.forward_kernel, (programs, splits), q.device,
+        *described, r, out,
+        *q.stride(), *k.stride(), *u.stride(), *v.stride(), *r.stride(),
+        length, heads, heads // kuv_heads, subnetworks, d_e,
+        tiles_per_split, tiles_m, batch * length,
+        **constants, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
     if splits > 1:
         sum_splits(out, o)
 
@@ -149,13 +150,12 @@ def backward(
                 total.zero_()
         return dq, dk, du, dv, dr
     grad_seq, q_seq, r_seq, *dr_seq = _sequences(grad_o, q, r, *(() if dr is None else (dr,)))
-    with on(q.device):
-        if need_q or need_r:
-            gates = (r_seq, dr_seq[0] if dr_seq else None)
-            _launch("backward_tokens", q, lambda tile: _backward_tokens(grad_seq, q_seq, k, u, v, *gates, dq, tile))
-        if need_k or need_u or need_v:
-            sums = (dk, du, dv)
-            _launch("backward_weights", q, lambda tile: _backward_weights(grad_seq, q_seq, k, u, v, r_seq, *sums, tile))
+    if need_q or need_r:
+        gates = (r_seq, dr_seq[0] if dr_seq else None)
+        _with_tile("backward_tokens", q, lambda tile: _backward_tokens(grad_seq, q_seq, k, u, v, *gates, dq, tile))
+    if need_k or need_u or need_v:
+        sums = (dk, du, dv)
+        _with_tile("backward_weights", q, lambda tile: _backward_weights(grad_seq, q_seq, k, u, v, r_seq, *sums, tile))
     return dq, dk, du, dv, dr
 
 
@@ -175,7 +175,8 @@ def _backward_tokens(
     constants = _constants(q, tile, d_e)
     tiles_m = triton.cdiv(length, tile.block_m)
     dr_strides = (0, 0, 0, 0) if dr is None else dr.stride()
-    triton_kernels.backward_tokens_kernel[(batch * tiles_m * heads,)](
+    launch(
+        triton_kernels.backward_tokens_kernel, (batch * tiles_m * heads,), q.device,
         grad_o, q, *_described((), (k, u, v), tile, constants), r, dq, dr,
         *grad_o.stride(), *q.stride(), *k.stride(), *u.stride(), *v.stride(), *r.stride(), *dr_strides,
         length, heads, heads // kuv_heads, subnetworks, d_e, tiles_m,
@@ -209,7 +210,8 @@ def _backward_weights(
         x if x is None or splits == 1 else torch.empty((splits, *x.shape), dtype=torch.float32, device=x.device)
         for x in (dk, du, dv)
     ]
-    triton_kernels.backward_weights_kernel[(programs, splits)](
+    launch(
+        triton_kernels.backward_weights_kernel, (programs, splits), q.device,
         grad_o, q, *_described((), (k, u, v), tile, constants), r, *outs,
         *grad_o.stride(), *q.stride(), *k.stride(), *u.stride(), *v.stride(), *r.stride(),
         batch, length, heads // kuv_heads, subnetworks, d_e,
@@ -254,8 +256,9 @@ def sum_splits(partials: Tensor, out: Tensor) -> None:
     rows = triton.next_power_of_2(splits)
     block = max(32, 4096 // rows)
     grid = (triton.cdiv(out.numel(), block),)
-    with on(out.device):
-        triton_kernels.sum_splits_kernel[grid](partials, out, out.numel(), splits, SPLITS=rows, BLOCK=block)
+    launch(
+        triton_kernels.sum_splits_kernel, grid, out.device, partials, out, out.numel(), splits, SPLITS=rows, BLOCK=block
+    )
 
 
 def _sequences(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -349,7 +352,7 @@ def gate() -> str:
     return chosen
 
 
-def _launch(kernel: str, q: Tensor, run: Callable[[tuning.Tile], None]) -> None:
+def _with_tile(kernel: str, q: Tensor, run: Callable[[tuning.Tile], None]) -> None:
     """Call `run` with the tile of a kernel.
 
     If a tile of the table exceeds this GPU, its row is forgotten in this process, and the default runs from now on.

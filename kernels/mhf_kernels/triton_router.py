@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mhf_kernels import triton_backend
+from mhf_kernels.launching import launch
 from mhf_kernels.reference import LEAST_SUM
 
 # Tokens of a tile, and the most elements of a padded W: what 99 KiB of shared memory hold. IEEE products are unrolled
@@ -51,12 +52,12 @@ def forward(q: Tensor, router: Tensor) -> Tensor:
     if r.numel() == 0:
         return r
     constants = _constants(q, router)
-    with triton_backend.on(q.device):
-        _forward_kernel[(triton.cdiv(batch * length, constants["BLOCK_M"]), heads)](
-            q, router, r, *q.stride(), *router.stride(), *r.stride(),
-            batch * length, length,
-            **constants,
-        )  # fmt: skip
+    launch(
+        _forward_kernel, (triton.cdiv(batch * length, constants["BLOCK_M"]), heads), q.device,
+        q, router, r, *q.stride(), *router.stride(), *r.stride(),
+        batch * length, length,
+        **constants,
+    )  # fmt: skip
     return r
 
 
@@ -72,13 +73,13 @@ def backward(grad_r: Tensor, q: Tensor, router: Tensor, dq: Tensor | None) -> Te
     walked = min(MOST_TILES, triton.cdiv(tiles * heads, 2 * triton_backend.multiprocessors(q.device)))
     splits = triton.cdiv(tiles, walked)
     partials = torch.empty((splits, *router.shape), dtype=torch.float32, device=q.device)
-    with triton_backend.on(q.device):
-        _backward_kernel[(splits, heads)](
-            grad_r, q, router, dq, partials, *grad_r.stride(), *q.stride(), *router.stride(),
-            batch * length, length, heads, walked,
-            NEED_Q=dq is not None,
-            **constants,
-        )  # fmt: skip
+    launch(
+        _backward_kernel, (splits, heads), q.device,
+        grad_r, q, router, dq, partials, *grad_r.stride(), *q.stride(), *router.stride(),
+        batch * length, length, heads, walked,
+        NEED_Q=dq is not None,
+        **constants,
+    )  # fmt: skip
     triton_backend.sum_splits(partials, dw)
     return dw
 
@@ -87,11 +88,10 @@ def split(router: Tensor, dtype: torch.dtype, block_e: int) -> Tensor:
     """Return W `[H, d_h, E]` as `[H, 2, block_e, d_h]`: in 16 bits, and what they leave of it; zero in the padding."""
     heads, d_h, subnetworks = router.shape
     halves = torch.empty(heads, 2, block_e, d_h, dtype=dtype, device=router.device)
-    with triton_backend.on(router.device):
-        _split_kernel[(heads,)](
-            router, halves, *router.stride(),
-            D=d_h, E=subnetworks, BLOCK_D=triton.next_power_of_2(d_h), BLOCK_E=block_e,
-        )  # fmt: skip
+    launch(
+        _split_kernel, (heads,), router.device, router, halves, *router.stride(),
+        D=d_h, E=subnetworks, BLOCK_D=triton.next_power_of_2(d_h), BLOCK_E=block_e,
+    )  # fmt: skip
     return halves
 
 

@@ -213,8 +213,8 @@ def test_every_shipped_tile_is_exact(monkeypatch, d_h):
     if not rows:
         pytest.skip(f"the table has no rows for {arch}")
     launched = []
-    launch = triton_backend._launch
-    monkeypatch.setattr(triton_backend, "_launch", lambda name, *rest: (launched.append(name), launch(name, *rest)))
+    launch = triton_backend._with_tile
+    monkeypatch.setattr(triton_backend, "_with_tile", lambda name, *rest: (launched.append(name), launch(name, *rest)))
     compared = []
     for name in rows:
         kernel, _, _, dtypes = name.split("/")

@@ -1,0 +1,56 @@
+"""Launches kernels with little work for the host. May import torch and triton.
+
+`kernel[grid](...)` finds the compiled code by binding the arguments and writing out, as a string, all that the code may
+be specialised for. That takes longer than a small layer runs. `launch` finds it by the same facts, read directly.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+INT32 = 2**31
+
+# What was compiled, and the constants behind its arguments, by kernel, device, constants and facts of the arguments.
+_compiled: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
+
+
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **constants: Any) -> None:
+    """Do `kernel[grid](*args, **constants)` on the device of the tensors, whichever is current.
+
+    Args:
+        kernel: at module level: it is known by its address.
+        grid: programs, in one to three dimensions.
+        device: of the tensors.
+        *args: all arguments that are no constants: tensors, TMA descriptors, integers or None.
+        **constants: `tl.constexpr` arguments, and options such as `num_warps`.
+    """
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return launch(kernel, grid, device, *args, **constants)
+    if not isinstance(kernel, JITFunction):  # the interpreter's
+        kernel[grid](*args, **constants)
+        return None
+    facts = (id(kernel), device.index, *constants.items(), *map(_fact, args))
+    found = _compiled.get(facts)
+    if found is None:
+        code = kernel[grid](*args, **constants)
+        _compiled[facts] = code, [constants[name] for name in kernel.arg_names[len(args) :]]
+    else:
+        code, behind = found
+        code[(*grid, 1, 1)[:3]](*args, *behind)
+    return None
+
+
+def _fact(x: Any) -> Any:
+    """Return what Triton may specialise code for: of integers whether they are 1 or multiples of 16, and their width."""
+    if type(x) is int:
+        return (2 if x == 1 else x % 16 == 0) if x < INT32 else 4 + (x % 16 == 0)
+    if x is None:
+        return None
+    if isinstance(x, Tensor):
+        return x.dtype, x.data_ptr() % 16 == 0
+    return type(x), x.base.dtype, tuple(x.block_shape)  # a descriptor; its layout is the same wherever its block is
