@@ -46,7 +46,7 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
 
 
 def _fact(x: Any) -> Any:
-    """Return what Triton may specialise code for: of integers whether they are 1 or multiples of 16, and their width."""
+    """Return what code may be specialised for: whether an integer is 1 or a multiple of 16, and its width; dtypes."""
     if type(x) is int:
         return (2 if x == 1 else x % 16 == 0) if x < INT32 else 4 + (x % 16 == 0)
     if x is None:

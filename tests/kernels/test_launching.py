@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,7 +14,6 @@ import triton.language as tl
 from mhf_kernels import launching
 from mhf_kernels.launching import launch
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -41,7 +40,7 @@ def copy_tile_kernel(x, y, n):
 class Recorder:
     """Stands where the launcher of CUDA does: what is launched, by which function, goes to `launched`."""
 
-    launched: list[tuple[Any, ...]] = []
+    launched: ClassVar[list[tuple[Any, ...]]] = []
     functions = itertools.count(1)
 
     def __init__(self, src: Any, metadata: Any) -> None:
@@ -56,7 +55,7 @@ class Driver:
 
     launcher_cls = Recorder
 
-    class utils:  # noqa: N801 - Triton's name
+    class utils:
         @staticmethod
         def load_binary(*_: Any) -> tuple[int, ...]:
             return 1, next(Recorder.functions), 32, 0, 1024
