@@ -53,9 +53,13 @@ speed-ups: compiled for inference, compiled with activation checkpointing for tr
 
 @dataclass(frozen=True)
 class Mode:
-    """How a model runs: compiled block by block or not, what a block keeps, and the unfused FlashMHF layer."""
+    """How a model runs: compiled block by block or not, what a block keeps, and the unfused FlashMHF layer.
+
+    As a CUDA graph it costs the host one launch; that is for inference only.
+    """
 
     compiled: bool = False
+    graph: bool = False
     checkpointing: ActivationCheckpointing = "none"
     fully_checkpointed_blocks: int = 0
     unfused: bool = False
@@ -64,6 +68,7 @@ class Mode:
 MODES = {
     "eager": Mode(),
     "compiled": Mode(compiled=True),
+    "compiled_graph": Mode(compiled=True, graph=True),
     "compiled_selective": Mode(compiled=True, checkpointing="selective"),
     "compiled_ffn": Mode(compiled=True, checkpointing="ffn"),
     "compiled_checkpoint": Mode(compiled=True, checkpointing="full"),
@@ -86,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--tokens", type=int, metavar="N", default=TOKENS, help=f"of a call, B * L (default {TOKENS}); L must divide it"
     )
     parser.add_argument("--batch", type=int, metavar="B", help="sequences of a call, in place of --tokens")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="default: all")
+    parser.add_argument("--modes", nargs="+", choices=MODES, help="default: all that can run here")
     parser.add_argument(
         "--fully_checkpointed_blocks",
         type=int,
@@ -166,7 +171,11 @@ def run(args: argparse.Namespace) -> int:
     least = min(config.num_layers for config in models.values())
     if not 0 <= args.fully_checkpointed_blocks <= least:
         raise ValueError(f"--fully_checkpointed_blocks must be from 0 to {least}, the blocks of the smallest model")
-    if args.fully_checkpointed_blocks and "compiled_ffn" not in args.modes:
+    on_gpu = torch.cuda.is_available()
+    modes = args.modes or [name for name, mode in MODES.items() if on_gpu or not mode.graph]
+    if not on_gpu and any(MODES[name].graph for name in modes):
+        raise ValueError("--modes compiled_graph needs a GPU; use eager or compiled")
+    if args.fully_checkpointed_blocks and "compiled_ffn" not in modes:
         raise ValueError("--fully_checkpointed_blocks is for mode compiled_ffn, which --modes leaves out")
     output = args.output or Path(f"runs/bench-model-{datetime.datetime.now():%Y%m%d-%H%M%S}")
     stopwatch, dtype, about = measure.begin(
@@ -180,8 +189,9 @@ def run(args: argparse.Namespace) -> int:
         (length, name, mode)
         for length in args.length
         for name, config in models.items()
-        for mode in sorted(args.modes, key=list(MODES).index)
+        for mode in sorted(modes, key=list(MODES).index)
         if (not MODES[mode].unfused or _can_be_unfused(config))
+        and not (MODES[mode].graph and args.only == "training")
         and (MODES[mode].checkpointing != "ffn" or config.ffn.name == "flash_mhf")  # else the same as "full"
     ]
     rows: list[Row] = []
@@ -246,7 +256,7 @@ class _Case:
         stages: dict[str, Callable[[], dict[str, float]]] = {}
         if only != "training" and self.mode.checkpointing == "none":  # there is nothing to keep in inference
             stages["inference"] = self._inference
-        if only != "inference":
+        if only != "inference" and not self.mode.graph:
             stages["training"] = self._training
         problems = []
         for stage, measured in stages.items():
@@ -290,6 +300,8 @@ class _Case:
                 decoder.head(decoder.hidden(tokens)[:, -1])
 
         with measure.out_of_memory():
+            if self.mode.graph:  # whose memory is its own, and taken for good
+                return {"inference_ms": 1e3 * self.stopwatch.median(measure.as_graph(forward))}
             cost = {"inference_ms": 1e3 * self.stopwatch.median(forward)}
             if self.stopwatch.device.type == "cuda":
                 before = torch.cuda.memory_allocated()
@@ -351,10 +363,11 @@ def tables(rows: Iterable[Row]) -> str:
 
 
 def _speedups(row: Row, point: list[Row]) -> Row:
-    """Compare with the first model, where that was measured."""
+    """Compare with the first model, where that was measured: as a CUDA graph with another such."""
     speedups = {}
+    inference_baseline = row["mode"] if MODES[row["mode"]].graph else INFERENCE_BASELINE
     for name, mode, time_of in (
-        ("inference_speedup", INFERENCE_BASELINE, "inference_ms"),
+        ("inference_speedup", inference_baseline, "inference_ms"),
         ("training_speedup", TRAINING_BASELINE, "step_ms"),
     ):
         baseline = [r for r in point if (r["model"], r["mode"]) == (point[0]["model"], mode) and time_of in r]
@@ -382,7 +395,8 @@ def plot(csv_path: Path, png_path: Path) -> None:
     figure = Figure(figsize=(4.5 * len(panels), 5), layout="constrained")
     curves = list(dict.fromkeys((row["model"], row["mode"]) for row in rows))
     names = list(dict.fromkeys(model for model, _ in curves))
-    styles = dict(zip(MODES, ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), ":", "-"), strict=True))
+    dashes = ("-", "--", (0, (1, 1)), "-.", (0, (5, 1, 1, 1, 1, 1)), ":", "-")
+    styles = dict(zip(MODES, dashes, strict=True))
     line = figure.subplots(1, len(panels), squeeze=False)[0]
     for panel, (column, title) in zip(line, panels.items(), strict=True):
         for model, mode in curves:

@@ -11,7 +11,8 @@ from mhf_lightning.bench.report import Row, markdown
 ABOUT = """\
 Batch {batch}. Memory: highest allocation of one layer's inference above its inputs and weights, MiB, and how many times
 less FlashMHF, compiled, takes than SwiGLU. Latency: a prefill of the whole model, ms, and how many times faster
-FlashMHF, compiled, is than SwiGLU, compiled. The paper's columns are as printed (MB, ms), for batch 8 on an H100.
+FlashMHF, compiled, is than SwiGLU, compiled; where they were measured, also both as CUDA graphs. The paper's columns
+are as printed (MB, ms), for batch 8 on an H100.
 Measured on {device}, {dtype}, torch {torch}, triton {triton}."""
 
 
@@ -73,13 +74,14 @@ def _latency(models: list[Row], paper: dict[int, Row], source: Path) -> str:
     if baseline is None or mhf is None:
         raise ValueError(f"{source} lacks a SwiGLU or a FlashMHF model; measure both in one run")
     columns = list(dict.fromkeys(f"{row['model']}, {row['mode']}" for row in models))
-    headings = {"L": "L"} | {column: column for column in columns} | {"speedup": "faster"}
+    headings = {"L": "L"} | {column: column for column in columns} | {"speedup": "faster", "graph": "faster, graph"}
     headings |= {"paper_swiglu": "paper: SwiGLU", "paper_mhf": "paper: FlashMHF", "paper": "paper: faster"}
     table = []
     for length, rows in _by_length(models):
         times = {f"{row['model']}, {row['mode']}": _number(row["inference_ms"]) for row in rows}
         row: Row = {"L": length} | {column: time for column, time in times.items() if time is not None}
         row["speedup"] = _ratio(times.get(f"{baseline}, compiled"), times.get(f"{mhf}, compiled"))
+        row["graph"] = _ratio(times.get(f"{baseline}, compiled_graph"), times.get(f"{mhf}, compiled_graph"))
         row |= _printed(paper, length, "swiglu_24_layers_ms", "flash_mhf_20_layers_ms")
         table.append(row)
     return markdown(headings, table)

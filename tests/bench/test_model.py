@@ -167,12 +167,14 @@ def test_speed_ups_are_those_over_the_compiled_and_the_checkpointed_baseline():
             row("swiglu", "eager", 400.0, 900.0),
             row("swiglu", "compiled", 300.0, 600.0),
             row("swiglu", "compiled_checkpoint", 300.0, 800.0),
+            row("swiglu", "compiled_graph", 250.0, 800.0),
             row("flash_mhf", "compiled", 200.0, 1600.0),
+            row("flash_mhf", "compiled_graph", 200.0, 1600.0),
         ]
     )
-    last = [cell.strip() for cell in printed.splitlines()[-1].strip("|").split("|")]
-    head = [cell.strip() for cell in printed.splitlines()[2].strip("|").split("|")]
-    assert [cell for cell, name in zip(last, head, strict=True) if name == "speed-up"] == ["1.500", "0.500"]
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines()[2:]]
+    speed_ups = [[cell for cell, name in zip(row, head, strict=True) if name == "speed-up"] for row in rows]
+    assert speed_ups[-2:] == [["1.500", "0.500"], ["1.250", "0.500"]]
 
 
 @pytest.mark.parametrize(
@@ -183,6 +185,7 @@ def test_speed_ups_are_those_over_the_compiled_and_the_checkpointed_baseline():
         (["{file}", "--length", "7", "--batch", "0"], "--batch is 0; it must be at least 1"),
         (["{file}", "--fully_checkpointed_blocks", "99"], "must be from 0 to"),
         (["{file}", "--fully_checkpointed_blocks", "1", "--modes", "eager"], "which --modes leaves out"),
+        (["{file}", "--modes", "compiled_graph"], "needs a GPU"),
         (["{file}", "{file}"], "two model files have the same name"),
         (["missing.yaml"], "missing.yaml is no model file"),
         (["--plot_from", "{file}"], "is no model.csv of mhf bench model"),

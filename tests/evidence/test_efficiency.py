@@ -11,7 +11,7 @@ from mhf_lightning.cli import main
 ROOT = Path(__file__).parents[2]
 ABOUT = {"device": "NVIDIA H100", "dtype": "bfloat16", "torch": "2.11", "triton": "3.6", "batch": 8}
 PEAKS = {192: (60.0, 40.0, 12.5), 16128: (4000.0, 2700.0, 1000.0)}
-TIMES = {192: (10.0, "n/a", 8.0), 16128: (600.0, 500.0, 400.0)}
+TIMES = {192: (10.0, "n/a", 8.0, 6.0, 4.0), 16128: (600.0, 500.0, 400.0, 480.0, 400.0)}
 
 
 def save(path, rows):
@@ -25,7 +25,9 @@ def save(path, rows):
 @pytest.fixture
 def files(tmp_path):
     peers = ("swiglu", "swiglu_compiled", "flash_mhf_compiled")
-    modes = (("swiglu", "eager"), ("swiglu", "compiled"), ("flash_mhf_release", "compiled"))
+    modes = [("swiglu", "eager")] + [
+        (model, mode) for mode in ("compiled", "compiled_graph") for model in ("swiglu", "flash_mhf_release")
+    ]
     layers = [
         {"peer": peer, "L": length, "inference_peak_mib": peak, **ABOUT}
         for length, peaks in PEAKS.items()
@@ -63,6 +65,7 @@ def test_every_cell(files, tmp_path, monkeypatch):
     assert (long["less than eager"], long["paper: SwiGLU"], long["paper: less"]) == ("4.00x", "9,966", "3.30x")
     short, long = table(text, "Latency of a model")
     assert (short["swiglu, compiled"], short["faster"]) == ("n/a", "n/a")
+    assert (short["faster, graph"], long["faster, graph"]) == ("1.50x", "1.20x")
     assert (long["flash_mhf_release, compiled"], long["faster"], long["paper: faster"]) == ("400", "1.25x", "1.08x")
     assert command(files, tmp_path / "efficiency.md") == 2  # is there already
     assert (tmp_path / "efficiency.md").read_text() == text

@@ -47,7 +47,7 @@ for stage in "${@:-check layer}"; do
             sizes=(--batch 8 --quick --length 192 1024 2048 4032 4096 8064 8192 16128 16384)
             files=(configs/paper/1.3b/{swiglu,flash_mhf_release,mh_ffn}.yaml)
             mhf bench layer "${sizes[@]}" --output "$out/paper-layer"
-            mhf bench model "${files[@]}" --only inference --modes eager compiled "${sizes[@]}" --output "$out/paper-model"
+            mhf bench model "${files[@]}" --only inference --modes eager compiled compiled_graph "${sizes[@]}" --output "$out/paper-model"
             mhf evidence efficiency --layer "$out/paper-layer/layer.csv" --model "$out/paper-model/model.csv" \
                 --out "$out/efficiency.md"
             ;;

@@ -68,6 +68,15 @@ def test_the_training_peak_of_a_model_is_its_own(file, tmp_path):
     assert 4 * weights_mib(file) <= float(row["training_peak_mib"]) <= 4 * weights_mib(file) + 128
 
 
+def test_a_graph_spares_the_host(file, tmp_path):
+    """With few tokens a forward takes as long as its launches; a graph is one."""
+    sizes = ["--length", "16", "--tokens", "32", "--quick", "--modes", "compiled", "compiled_graph"]
+    assert model.main([str(file), *sizes, "--only", "inference", "--output", str(tmp_path / "out")]) == 0
+    plain, graph = read(tmp_path / "out" / "model.csv")
+    assert (plain["mode"], graph["mode"]) == ("compiled", "compiled_graph")
+    assert float(graph["inference_ms"]) < float(plain["inference_ms"])
+
+
 def test_the_peak_of_generation_is_its_own(file, tmp_path):
     sizes = ["--batch", "1", "--prompt", "16", "--new_tokens", "4", "--quick", "--modes", "eager"]
     assert generate.main([str(file), *sizes, "--output", str(tmp_path / "out")]) == 0
