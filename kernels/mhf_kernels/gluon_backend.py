@@ -1,4 +1,4 @@
-"""The `gluon` backend: launches the warp-specialised kernels of `gluon_kernels`. May import torch, triton, siblings.
+"""The `gluon` backend: launches the warp-specialised Gluon kernels. May import torch, triton and its siblings.
 
 Inputs that these kernels do not take go to the `triton` backend: `supports` says which, and parts of a backward go
 there one by one. So does everything, with one warning, once a kernel fails to compile: Gluon changes between versions
@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from mhf_kernels import gluon_kernels, triton_backend, triton_router
+from mhf_kernels import gluon_kernels, gluon_weights, triton_backend, triton_router
 from mhf_kernels.triton_backend import Grads, multiprocessors, on
 
 T = TypeVar("T")
@@ -239,7 +239,7 @@ def _launch_backward_weights(
         for part in _weight_parts(programs, group * tiles_m, q.device):
             rows = part.splits, part.programs * ROWS, d_h
             outs = grads if part.splits == 1 else [_float32(grad, rows) for grad in grads]
-            gluon_kernels.backward_weights_kernel[part.grid](
+            gluon_weights.backward_weights_kernel[part.grid](
                 *inputs, *outs, *r_seq.stride()[1:],
                 tokens, group, subnetworks * d_e, d_e // ROWS, tiles_m, part.first, part.share,
                 D=d_h, Q_STAGES=rings.q, G_STAGES=rings.grad_o, FAST=triton_backend.gate() == "fast",

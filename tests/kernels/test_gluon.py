@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 import triton
-from mhf_kernels import gluon_backend, gluon_kernels
+from mhf_kernels import gluon_backend, gluon_kernels, gluon_weights
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -32,11 +32,17 @@ def compiled(function, constants, blocks, dtype):
 
 
 CASES = {
-    **{f"forward-{d_h}": ("forward_kernel", d_h, rings) for d_h, rings in gluon_backend.FORWARD.items()},
-    **{f"routed-{d_h}": ("forward_kernel", d_h, gluon_backend.FORWARD[d_h]) for d_h in gluon_backend.ROUTED_D_H},
-    **{f"tokens-{d_h}": ("backward_tokens_kernel", d_h, rings) for d_h, rings in gluon_backend.BACKWARD_TOKENS.items()},
+    **{f"forward-{d_h}": (gluon_kernels.forward_kernel, d_h, rings) for d_h, rings in gluon_backend.FORWARD.items()},
     **{
-        f"weights-{d_h}-{number}": ("backward_weights_kernel", d_h, needed)
+        f"routed-{d_h}": (gluon_kernels.forward_kernel, d_h, gluon_backend.FORWARD[d_h])
+        for d_h in gluon_backend.ROUTED_D_H
+    },
+    **{
+        f"tokens-{d_h}": (gluon_kernels.backward_tokens_kernel, d_h, rings)
+        for d_h, rings in gluon_backend.BACKWARD_TOKENS.items()
+    },
+    **{
+        f"weights-{d_h}-{number}": (gluon_weights.backward_weights_kernel, d_h, needed)
         for d_h, rings in gluon_backend.BACKWARD_WEIGHTS.items()
         for number, needed in enumerate(rings.together)
     },
@@ -46,7 +52,7 @@ CASES = {
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("case", CASES)
 def test_the_kernels_compile_for_hopper_and_fit(case):
-    name, d_h, rings = CASES[case]
+    kernel, d_h, rings = CASES[case]
     if isinstance(rings, tuple):
         needed, rings = rings, gluon_backend.BACKWARD_WEIGHTS[d_h]
         constants = {"D": d_h, "Q_STAGES": rings.q, "G_STAGES": rings.grad_o}
@@ -56,11 +62,11 @@ def test_the_kernels_compile_for_hopper_and_fit(case):
         constants = {"D": d_h, "BLOCK_N": rings.block_n, "TILES_E": 2, "KU_STAGES": rings.ku, "V_STAGES": rings.v}
         constants["PARTIAL"] = d_h == 128
         blocks = {"tokens": (64, d_h), "weights": (rings.block_n, d_h), "router": (gluon_backend.BLOCK_E, d_h)}
-    if name == "forward_kernel":
+    if kernel is gluon_kernels.forward_kernel:
         routed = case.startswith("routed")
         constants |= {"E": 22, "r": None} if routed else {"E": 0, "w": None}
     dtype = "fp16" if d_h == 64 else "bf16"
-    binary = compiled(getattr(gluon_kernels, name), {**constants, "FAST": d_h != 256}, blocks, dtype)
+    binary = compiled(kernel, {**constants, "FAST": d_h != 256}, blocks, dtype)
     assert 0 < binary.metadata.shared <= SHARED_MEMORY
     assert binary.asm["cubin"]
 
