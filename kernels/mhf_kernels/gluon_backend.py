@@ -19,7 +19,8 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from mhf_kernels import gluon_kernels, gluon_weights, triton_backend, triton_router
-from mhf_kernels.triton_backend import Grads, multiprocessors, on
+from mhf_kernels.launching import cdiv, launch
+from mhf_kernels.triton_backend import Grads, multiprocessors
 
 T = TypeVar("T")
 
@@ -99,7 +100,7 @@ def _device_refusal(q: Tensor) -> str | None:
 def _layout_refusal(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor | None) -> str | None:
     d_e, d_h = k.shape[2:]
     tokens = q.shape[0] * q.shape[1]
-    programs = triton.cdiv(tokens, TOKENS) * q.shape[2] * k.shape[1]  # that can be had: a tile, a head, a sub-network
+    programs = cdiv(tokens, TOKENS) * q.shape[2] * k.shape[1]  # that can be had: a tile, a head, a sub-network
     if d_h not in FORWARD:
         reason = f"need d_h to be one of {', '.join(map(str, FORWARD))}; it is {d_h}"
     elif d_e % ROWS:
@@ -177,15 +178,15 @@ def _forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor | None, route
     rings = _fitting(FORWARD[q.shape[3]], k.shape[2])
     tokens, heads, group, tiles, tiles_m = _sizes(q, k, rings.block_n)
     inputs = _tokens(q), *(_rows(w, rings.block_n) for w in (k, u, v)), r_seq, halves, _tokens(o)
-    with on(q.device):
-        for part in _parts(tiles_m * heads, k.shape[1], q.device):
-            partials = part.workspace(q)
-            gluon_kernels.forward_kernel[part.grid](
-                *inputs, partials, *((0, 0, 0) if r_seq is None else r_seq.stride()[1:]),
-                tokens, group, tiles, tiles_m, part.first, part.share,
-                **_constants(rings, k), PARTIAL=part.splits > 1, E=0 if router is None else k.shape[1], num_warps=4,
-            )  # fmt: skip
-            part.add_up(partials, o, tiles_m)
+    for part in _parts(tiles_m * heads, k.shape[1], q.device):
+        partials = part.workspace(q)
+        launch(
+            gluon_kernels.forward_kernel, part.grid, q.device,
+            *inputs, partials, *((0, 0, 0) if r_seq is None else r_seq.stride()[1:]),
+            tokens, group, tiles, tiles_m, part.first, part.share,
+            **_constants(rings, k), PARTIAL=part.splits > 1, E=0 if router is None else k.shape[1], num_warps=4,
+        )  # fmt: skip
+        part.add_up(partials, o, tiles_m)
     return o
 
 
@@ -196,15 +197,15 @@ def _backward_tokens(grad_o: Tensor, q: Tensor, k: Tensor, u: Tensor, v: Tensor,
     rings = BACKWARD_TOKENS[q.shape[3]]
     tokens, heads, group, tiles, tiles_m = _sizes(q, k, rings.block_n)
     inputs = _tokens(q), _tokens(grad_o), *(_rows(w, rings.block_n) for w in (k, u, v)), r_seq, _tokens(dq), dr_seq
-    with on(q.device):
-        for part in _parts(tiles_m * heads, k.shape[1], q.device):
-            partials = part.workspace(q)
-            gluon_kernels.backward_tokens_kernel[part.grid](
-                *inputs, partials, *r_seq.stride()[1:], *dr_seq.stride()[1:],
-                tokens, group, tiles, tiles_m, part.first, part.share,
-                **_constants(rings, k), PARTIAL=part.splits > 1, num_warps=4,
-            )  # fmt: skip
-            part.add_up(partials, dq, tiles_m)
+    for part in _parts(tiles_m * heads, k.shape[1], q.device):
+        partials = part.workspace(q)
+        launch(
+            gluon_kernels.backward_tokens_kernel, part.grid, q.device,
+            *inputs, partials, *r_seq.stride()[1:], *dr_seq.stride()[1:],
+            tokens, group, tiles, tiles_m, part.first, part.share,
+            **_constants(rings, k), PARTIAL=part.splits > 1, num_warps=4,
+        )  # fmt: skip
+        part.add_up(partials, dq, tiles_m)
     return dq, dr
 
 
@@ -227,7 +228,7 @@ def _launch_backward_weights(
     kuv_heads, subnetworks, d_e, d_h = k.shape
     rings = BACKWARD_WEIGHTS[d_h]
     tokens, group = q.shape[0] * q.shape[1], q.shape[2] // kuv_heads
-    tiles_m = triton.cdiv(tokens, 2 * rings.tokens)
+    tiles_m = cdiv(tokens, 2 * rings.tokens)
     programs = kuv_heads * subnetworks * d_e // ROWS
     inputs = (
         *(_tokens(x, rings.tokens, rings.columns) for x in (q, grad_o)),
@@ -235,20 +236,20 @@ def _launch_backward_weights(
         r_seq,
     )
     need_k, need_u, need_v = (grad is not None for grad in grads)
-    with on(q.device):
-        for part in _weight_parts(programs, group * tiles_m, q.device):
-            rows = part.splits, part.programs * ROWS, d_h
-            outs = grads if part.splits == 1 else [_float32(grad, rows) for grad in grads]
-            gluon_weights.backward_weights_kernel[part.grid](
-                *inputs, *outs, *r_seq.stride()[1:],
-                tokens, group, subnetworks * d_e, d_e // ROWS, tiles_m, part.first, part.share,
-                D=d_h, Q_STAGES=rings.q, G_STAGES=rings.grad_o, FAST=triton_backend.gate() == "fast",
-                NEED_K=need_k, NEED_U=need_u, NEED_V=need_v, num_warps=4,
-            )  # fmt: skip
-            own = slice(part.first * ROWS, (part.first + part.programs) * ROWS)
-            for partials, grad in zip(outs, grads, strict=True):
-                if part.splits > 1 and partials is not None and grad is not None:
-                    triton_backend.sum_splits(partials, grad.view(-1, d_h)[own])
+    for part in _weight_parts(programs, group * tiles_m, q.device):
+        rows = part.splits, part.programs * ROWS, d_h
+        outs = grads if part.splits == 1 else [_float32(grad, rows) for grad in grads]
+        launch(
+            gluon_weights.backward_weights_kernel, part.grid, q.device,
+            *inputs, *outs, *r_seq.stride()[1:],
+            tokens, group, subnetworks * d_e, d_e // ROWS, tiles_m, part.first, part.share,
+            D=d_h, Q_STAGES=rings.q, G_STAGES=rings.grad_o, FAST=triton_backend.gate() == "fast",
+            NEED_K=need_k, NEED_U=need_u, NEED_V=need_v, num_warps=4,
+        )  # fmt: skip
+        own = slice(part.first * ROWS, (part.first + part.programs) * ROWS)
+        for partials, grad in zip(outs, grads, strict=True):
+            if part.splits > 1 and partials is not None and grad is not None:
+                triton_backend.sum_splits(partials, grad.view(-1, d_h)[own])
 
 
 def _float32(x: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
@@ -300,9 +301,10 @@ class Part:
         """Write the tiles of these programs into o."""
         if partials is not None:
             batch, length, heads, d_h = o.shape
-            gluon_kernels.sum_partials_kernel[(self.programs, TOKENS // gluon_kernels.SUM_ROWS.value)](
-                partials, o, batch * length, heads, tiles_m, self.first, self.splits, D=d_h, num_warps=4
-            )
+            launch(
+                gluon_kernels.sum_partials_kernel, (self.programs, TOKENS // gluon_kernels.SUM_ROWS.value), o.device,
+                partials, o, batch * length, heads, tiles_m, self.first, self.splits, D=d_h, num_warps=4,
+            )  # fmt: skip
 
 
 def _parts(programs: int, subnetworks: int, device: torch.device) -> list[Part]:
@@ -325,7 +327,7 @@ def _weight_parts(programs: int, tiles: int, device: torch.device) -> list[Part]
     slots = multiprocessors(device)
     rest = programs % slots
     most = min(MOST_SPLITS, tiles)
-    splits = min(range(1, most + 1), key=lambda n: triton.cdiv(rest * n, slots) * triton.cdiv(tiles, n))
+    splits = min(range(1, most + 1), key=lambda n: cdiv(rest * n, slots) * cdiv(tiles, n))
     if rest == 0 or splits == 1:
         return [Part(0, programs, 1, tiles)]
     return _with_rest(programs, rest, tiles, splits)
@@ -333,8 +335,8 @@ def _weight_parts(programs: int, tiles: int, device: torch.device) -> list[Part]
 
 def _with_rest(programs: int, rest: int, walk: int, splits: int) -> list[Part]:
     """Split the last programs, each of which has so much to walk; the others stay whole."""
-    share = triton.cdiv(walk, splits)
-    tail = Part(programs - rest, rest, triton.cdiv(walk, share), share)
+    share = cdiv(walk, splits)
+    tail = Part(programs - rest, rest, cdiv(walk, share), share)
     return [Part(0, programs - rest, 1, walk), tail] if programs > rest else [tail]
 
 
@@ -353,7 +355,7 @@ def _sizes(q: Tensor, k: Tensor, block_n: int) -> tuple[int, int, int, int, int]
     """Return tokens, heads, heads of a K/U/V head, tiles of d_ff, and tiles of tokens."""
     batch, length, heads, _ = q.shape
     tiles = k.shape[1] * k.shape[2] // block_n
-    return batch * length, heads, heads // k.shape[0], tiles, triton.cdiv(batch * length, TOKENS)
+    return batch * length, heads, heads // k.shape[0], tiles, cdiv(batch * length, TOKENS)
 
 
 def _fitting(rings: Rings, d_e: int) -> Rings:

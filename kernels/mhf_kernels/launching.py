@@ -14,6 +14,17 @@ from triton.runtime.jit import JITFunction
 
 INT32 = 2**31
 
+
+def cdiv(a: int, b: int) -> int:
+    """Return `a / b`, rounded up; `triton.cdiv`, which kernels may call too, costs the host a hundred times as much."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """Return the least power of two that is not below n, which is positive."""
+    return 1 << (n - 1).bit_length()
+
+
 # What was compiled, and the constants behind its arguments, by kernel, device, constants and facts of the arguments.
 _compiled: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
 
@@ -34,7 +45,7 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
     if not isinstance(kernel, JITFunction):  # the interpreter's
         kernel[grid](*args, **constants)
         return None
-    facts = (id(kernel), device.index, *constants.items(), *map(_fact, args))
+    facts = (id(kernel), device.index, *constants.items(), *[_fact(x) for x in args])
     found = _compiled.get(facts)
     if found is None:
         code = kernel[grid](*args, **constants)

@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mhf_kernels import triton_kernels, tuning
-from mhf_kernels.launching import launch
+from mhf_kernels.launching import cdiv, launch, next_power_of_2
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -56,6 +56,7 @@ def supports(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor | None) -> st
     return None
 
 
+@functools.cache
 def device_refusal(device: torch.device) -> str | None:
     """Return None where Triton's kernels run on this device, else the reason why not."""
     if device.type != "cuda":
@@ -84,7 +85,7 @@ def _is_decoding(q: Tensor) -> bool:
     """Say whether there are few tokens, and too few tiles of them to fill the GPU."""
     batch, length, heads, _ = q.shape
     tile, _ = tuning.lookup(*_row("forward", q))
-    programs = batch * heads * triton.cdiv(length, tile.block_m)
+    programs = batch * heads * cdiv(length, tile.block_m)
     return length <= DECODE_TOKENS and programs < tile.programs_per_sm * multiprocessors(q.device)
 
 
@@ -96,18 +97,18 @@ def decode_tile(tile: tuning.Tile, q: Tensor) -> tuning.Tile:
     """
     if q.dtype == torch.float32:
         return tile
-    return replace(tile, block_m=min(DECODE_TOKENS, max(tile.block_m, triton.next_power_of_2(q.shape[1]))))
+    return replace(tile, block_m=min(DECODE_TOKENS, max(tile.block_m, next_power_of_2(q.shape[1]))))
 
 
 def _forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor, o: Tensor, tile: tuning.Tile) -> None:
     batch, length, heads, _ = q.shape
     kuv_heads, subnetworks, d_e, _ = k.shape
-    tiles_m = triton.cdiv(length, tile.block_m)
+    tiles_m = cdiv(length, tile.block_m)
     # Too few tiles of tokens to fill the GPU: several programs share one, each with a part of d_ff.
     programs, slots = batch * heads * tiles_m, tile.programs_per_sm * multiprocessors(q.device)
-    tiles = subnetworks * triton.cdiv(d_e, tile.block_n)
-    tiles_per_split = min(tiles, triton.cdiv(tiles * programs, slots))
-    splits = triton.cdiv(tiles, tiles_per_split)
+    tiles = subnetworks * cdiv(d_e, tile.block_n)
+    tiles_per_split = min(tiles, cdiv(tiles * programs, slots))
+    splits = cdiv(tiles, tiles_per_split)
     out = o if splits == 1 else torch.empty((splits, *o.shape), dtype=torch.float32, device=q.device)
 
     constants = _constants(q, tile, d_e)
@@ -173,7 +174,7 @@ def _backward_tokens(
     batch, length, heads, _ = q.shape
     kuv_heads, subnetworks, d_e, _ = k.shape
     constants = _constants(q, tile, d_e)
-    tiles_m = triton.cdiv(length, tile.block_m)
+    tiles_m = cdiv(length, tile.block_m)
     dr_strides = (0, 0, 0, 0) if dr is None else dr.stride()
     launch(
         triton_kernels.backward_tokens_kernel, (batch * tiles_m * heads,), q.device,
@@ -200,12 +201,12 @@ def _backward_weights(
     batch, length, heads, _ = q.shape
     kuv_heads, subnetworks, d_e, _ = k.shape
     constants = _constants(q, tile, d_e)
-    tiles_m = triton.cdiv(length, tile.block_m)
+    tiles_m = cdiv(length, tile.block_m)
     sequences = batch * (heads // kuv_heads)
     programs = kuv_heads * subnetworks * constants["TILES_E"]
     slots = tile.programs_per_sm * multiprocessors(q.device)
     splits = weight_splits(programs, slots, sequences * tiles_m, tile.block_m)
-    tiles_per_split = triton.cdiv(sequences * tiles_m, splits)
+    tiles_per_split = cdiv(sequences * tiles_m, splits)
     outs = [
         x if x is None or splits == 1 else torch.empty((splits, *x.shape), dtype=torch.float32, device=x.device)
         for x in (dk, du, dv)
@@ -244,7 +245,7 @@ def weight_splits(programs: int, slots: int, tiles: int, block_m: int) -> int:
     """
 
     def cost(splits: int) -> float:
-        walked = triton.cdiv(programs * splits, slots) * triton.cdiv(tiles, splits)
+        walked = cdiv(programs * splits, slots) * cdiv(tiles, splits)
         return walked if splits == 1 else walked + programs * splits * 2 * FLOPS_PER_BYTE / (block_m * slots)
 
     return min(range(1, max(MOST_SPLITS, slots // programs) + 1), key=cost)
@@ -253,9 +254,9 @@ def weight_splits(programs: int, slots: int, tiles: int, block_m: int) -> int:
 def sum_splits(partials: Tensor, out: Tensor) -> None:
     """Write float32 `partials [splits, ...]`, summed over splits in a fixed order, to the contiguous `out [...]`."""
     splits = partials.shape[0]
-    rows = triton.next_power_of_2(splits)
+    rows = next_power_of_2(splits)
     block = max(32, 4096 // rows)
-    grid = (triton.cdiv(out.numel(), block),)
+    grid = (cdiv(out.numel(), block),)
     launch(
         triton_kernels.sum_splits_kernel, grid, out.device, partials, out, out.numel(), splits, SPLITS=rows, BLOCK=block
     )
@@ -314,10 +315,10 @@ def _constants(q: Tensor, tile: tuning.Tile, d_e: int) -> dict[str, Any]:
     tf32 = not INTERPRETED and _tf32(q.dtype, d_h, arch(q.device))
     return {
         "D": d_h,
-        "TILES_E": triton.cdiv(d_e, tile.block_n),
+        "TILES_E": cdiv(d_e, tile.block_n),
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
-        "BLOCK_D": triton.next_power_of_2(d_h),
+        "BLOCK_D": next_power_of_2(d_h),
         "GATE": _gate(q.dtype, tf32),
         "INTERPRETED": INTERPRETED,  # the interpreter multiplies the bits of bfloat16 tiles
         "PRECISION": "tf32" if tf32 else "ieee",
@@ -378,7 +379,7 @@ def _with_tile(kernel: str, q: Tensor, run: Callable[[tuning.Tile], None]) -> No
 def _row(kernel: str, q: Tensor) -> tuple[str, str, int, str]:
     """Return what names a row of the tuning table."""
     dtype = "float32" if q.dtype == torch.float32 else "half"
-    return kernel, arch(q.device), triton.next_power_of_2(q.shape[-1]), dtype
+    return kernel, arch(q.device), next_power_of_2(q.shape[-1]), dtype
 
 
 @functools.cache
@@ -396,8 +397,3 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def on(device: torch.device) -> Any:
-    """Launch on the device of the tensors, whichever is current."""
-    return torch.cuda.device(device if device.type == "cuda" else -1)

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mhf_kernels import triton_backend
-from mhf_kernels.launching import launch
+from mhf_kernels.launching import cdiv, launch, next_power_of_2
 from mhf_kernels.reference import LEAST_SUM
 
 # Tokens of a tile, and the most elements of a padded W: what 99 KiB of shared memory hold. IEEE products are unrolled
@@ -53,7 +53,7 @@ def forward(q: Tensor, router: Tensor) -> Tensor:
         return r
     constants = _constants(q, router)
     launch(
-        _forward_kernel, (triton.cdiv(batch * length, constants["BLOCK_M"]), heads), q.device,
+        _forward_kernel, (cdiv(batch * length, constants["BLOCK_M"]), heads), q.device,
         q, router, r, *q.stride(), *router.stride(), *r.stride(),
         batch * length, length,
         **constants,
@@ -68,10 +68,10 @@ def backward(grad_r: Tensor, q: Tensor, router: Tensor, dq: Tensor | None) -> Te
     if q.numel() == 0:
         return dw.zero_()
     constants = _constants(q, router)
-    tiles = triton.cdiv(batch * length, constants["BLOCK_M"])
+    tiles = cdiv(batch * length, constants["BLOCK_M"])
     # Few enough parts that their sum is cheap, and enough to fill the GPU twice.
-    walked = min(MOST_TILES, triton.cdiv(tiles * heads, 2 * triton_backend.multiprocessors(q.device)))
-    splits = triton.cdiv(tiles, walked)
+    walked = min(MOST_TILES, cdiv(tiles * heads, 2 * triton_backend.multiprocessors(q.device)))
+    splits = cdiv(tiles, walked)
     partials = torch.empty((splits, *router.shape), dtype=torch.float32, device=q.device)
     launch(
         _backward_kernel, (splits, heads), q.device,
@@ -90,7 +90,7 @@ def split(router: Tensor, dtype: torch.dtype, block_e: int) -> Tensor:
     halves = torch.empty(heads, 2, block_e, d_h, dtype=dtype, device=router.device)
     launch(
         _split_kernel, (heads,), router.device, router, halves, *router.stride(),
-        D=d_h, E=subnetworks, BLOCK_D=triton.next_power_of_2(d_h), BLOCK_E=block_e,
+        D=d_h, E=subnetworks, BLOCK_D=next_power_of_2(d_h), BLOCK_E=block_e,
     )  # fmt: skip
     return halves
 
@@ -110,7 +110,7 @@ def _constants(q: Tensor, router: Tensor) -> dict[str, Any]:
 
 
 def _padded(router: Tensor) -> tuple[int, int]:
-    return triton.next_power_of_2(router.shape[1]), max(16, triton.next_power_of_2(router.shape[2]))
+    return next_power_of_2(router.shape[1]), max(16, next_power_of_2(router.shape[2]))
 
 
 @triton.jit

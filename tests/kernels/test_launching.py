@@ -11,7 +11,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from mhf_kernels import launching
+from mhf_kernels import gluon_backend, launching, triton_backend, triton_router
 from mhf_kernels.launching import launch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -136,3 +136,36 @@ def test_what_does_not_compile_is_tried_again(launched):
             launch(copy_kernel, (1,), CPU, x, x, None, 64, 1, BLOCK=17, TWICE=False)
     assert not launching._compiled
     assert not launched
+
+
+def told(x):
+    """What of an argument both launches must agree on, where each has tensors of its own."""
+    if isinstance(x, torch.Tensor):
+        return x.dtype, x.shape, x.stride()
+    if hasattr(x, "base"):
+        return told(x.base), x.shape, x.strides, x.block_shape
+    return x
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels would keep what was made for this driver")
+@pytest.mark.parametrize(("backend", "d_h"), [(gluon_backend, 64), (gluon_backend, 256), (triton_backend, 32)])
+def test_a_second_call_launches_what_the_first_did(launched, monkeypatch, backend, d_h):
+    """The first goes through Triton, kernel by kernel; shared tiles and sums of splits are among them."""
+    for module in (gluon_backend, triton_backend):
+        monkeypatch.setattr(module, "multiprocessors", lambda _: 132)
+    q, grad = torch.zeros(2, 2, 300, 4, d_h, dtype=torch.bfloat16)
+    k, u, v = torch.zeros(3, 4, 7, 64, d_h, dtype=torch.bfloat16)
+    router = torch.zeros(4, d_h, 7)
+    calls = []
+    for _ in range(2):
+        launched.clear()
+        r = triton_router.forward(q, router)
+        if backend is gluon_backend and d_h in gluon_backend.ROUTED_D_H:
+            assert backend.routed_forward(q, k, u, v, router) is not None
+        backend.forward(q, k, u, v, r)
+        dq, *_, dr = backend.backward(grad, q, k, u, v, r, (True,) * 5)
+        triton_router.backward(dr, q, router, dq)
+        calls.append([[told(x) for x in launch] for launch in launched])
+    assert not gluon_backend._failure
+    assert calls[0] == calls[1]
+    assert len(calls[0]) > len(launching._compiled) > 6
