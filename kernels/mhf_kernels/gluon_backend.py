@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -176,17 +176,11 @@ def _forward(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor | None, route
     r_seq = None if r is None else _sequence(r)
     halves = None if router is None else _rows(triton_router.split(router, q.dtype, BLOCK_E), BLOCK_E)
     rings = _fitting(FORWARD[q.shape[3]], k.shape[2])
-    tokens, heads, group, tiles, tiles_m = _sizes(q, k, rings.block_n)
     inputs = _tokens(q), *(_rows(w, rings.block_n) for w in (k, u, v)), r_seq, halves, _tokens(o)
-    for part in _parts(tiles_m * heads, k.shape[1], q.device):
-        partials = part.workspace(q)
-        launch(
-            gluon_kernels.forward_kernel, part.grid, q.device,
-            *inputs, partials, *((0, 0, 0) if r_seq is None else r_seq.stride()[1:]),
-            tokens, group, tiles, tiles_m, part.first, part.share,
-            **_constants(rings, k), PARTIAL=part.splits > 1, E=0 if router is None else k.shape[1], num_warps=4,
-        )  # fmt: skip
-        part.add_up(partials, o, tiles_m)
+    strides = (0, 0, 0) if r_seq is None else r_seq.stride()[1:]
+    _launch_over_tokens(
+        gluon_kernels.forward_kernel, rings, k, o, inputs, strides, E=0 if router is None else k.shape[1]
+    )
     return o
 
 
@@ -195,18 +189,28 @@ def _backward_tokens(grad_o: Tensor, q: Tensor, k: Tensor, u: Tensor, v: Tensor,
     dr = torch.empty_like(r)
     r_seq, dr_seq = _sequence(r), _sequence(dr)
     rings = BACKWARD_TOKENS[q.shape[3]]
-    tokens, heads, group, tiles, tiles_m = _sizes(q, k, rings.block_n)
     inputs = _tokens(q), _tokens(grad_o), *(_rows(w, rings.block_n) for w in (k, u, v)), r_seq, _tokens(dq), dr_seq
-    for part in _parts(tiles_m * heads, k.shape[1], q.device):
-        partials = part.workspace(q)
-        launch(
-            gluon_kernels.backward_tokens_kernel, part.grid, q.device,
-            *inputs, partials, *r_seq.stride()[1:], *dr_seq.stride()[1:],
-            tokens, group, tiles, tiles_m, part.first, part.share,
-            **_constants(rings, k), PARTIAL=part.splits > 1, num_warps=4,
-        )  # fmt: skip
-        part.add_up(partials, dq, tiles_m)
+    strides = *r_seq.stride()[1:], *dr_seq.stride()[1:]
+    _launch_over_tokens(gluon_kernels.backward_tokens_kernel, rings, k, dq, inputs, strides)
     return dq, dr
+
+
+def _launch_over_tokens(
+    kernel: Any, rings: Rings, k: Tensor, out: Tensor, inputs: tuple[Any, ...], strides: tuple[int, ...], **more: int
+) -> None:
+    """Fill `out`, o or dQ, by a kernel whose programs own tiles of tokens; its arguments begin with inputs, strides."""
+    batch, length, heads, d_h = out.shape
+    tokens, tiles = batch * length, k.shape[1] * k.shape[2] // rings.block_n
+    tiles_m = cdiv(tokens, TOKENS)
+    for part in _parts(tiles_m * heads, k.shape[1], out.device):
+        partials = part.workspace(out)
+        launch(
+            kernel, part.grid, out.device,
+            *inputs, partials, *strides, tokens, heads // k.shape[0], tiles, tiles_m, part.first, part.share,
+            D=d_h, BLOCK_N=rings.block_n, TILES_E=k.shape[2] // rings.block_n, KU_STAGES=rings.ku, V_STAGES=rings.v,
+            FAST=triton_backend.gate() == "fast", PARTIAL=part.splits > 1, **more, num_warps=4,
+        )  # fmt: skip
+        part.add_up(partials, out, tiles_m)
 
 
 def _backward_weights(
@@ -338,24 +342,6 @@ def _with_rest(programs: int, rest: int, walk: int, splits: int) -> list[Part]:
     share = cdiv(walk, splits)
     tail = Part(programs - rest, rest, cdiv(walk, share), share)
     return [Part(0, programs - rest, 1, walk), tail] if programs > rest else [tail]
-
-
-def _constants(rings: Rings, k: Tensor) -> dict[str, int | bool]:
-    return {
-        "D": k.shape[3],
-        "BLOCK_N": rings.block_n,
-        "TILES_E": k.shape[2] // rings.block_n,
-        "KU_STAGES": rings.ku,
-        "V_STAGES": rings.v,
-        "FAST": triton_backend.gate() == "fast",
-    }
-
-
-def _sizes(q: Tensor, k: Tensor, block_n: int) -> tuple[int, int, int, int, int]:
-    """Return tokens, heads, heads of a K/U/V head, tiles of d_ff, and tiles of tokens."""
-    batch, length, heads, _ = q.shape
-    tiles = k.shape[1] * k.shape[2] // block_n
-    return batch * length, heads, heads // k.shape[0], tiles, cdiv(batch * length, TOKENS)
 
 
 def _fitting(rings: Rings, d_e: int) -> Rings:
