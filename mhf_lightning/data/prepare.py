@@ -14,10 +14,12 @@ import json
 import os
 import secrets
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -29,6 +31,8 @@ from mhf_lightning.data.packing import BlockWriter
 from mhf_lightning.data.progress import progress, say
 from mhf_lightning.data.sources import BadDocuments, Document, Source, read_documents, resolve_inputs
 from mhf_lightning.data.tokenizer import EOS_TOKEN, eos_id_of, load_tokenizer, train_tokenizer, vocab_size_of
+
+T = TypeVar("T")
 
 DEFAULT_VOCAB_SIZE = 16384
 DEFAULT_VALIDATION_FRACTION = 0.05
@@ -165,12 +169,14 @@ def prepare(
         "shard_rows": shard_rows,
     }
     corpus = _Corpus(sources, held_out, text_key, skip_bad, fraction)
+    used = given
     if given is not None or existing is not None:
-        scan, used = _first_pass(corpus, None)[0], given
+        scan, _ = _first_pass(corpus, deque[str](maxlen=0).extend)
     else:
-        scan, used = _first_pass(corpus, lambda texts: train_tokenizer(texts, size, eos_token))
-        if used is not None and vocab_size_of(used) < size:
-            say(f"warning: the corpus is too small for {size} tokens: the vocabulary has {vocab_size_of(used)}.")
+        scan, trained = _first_pass(corpus, lambda texts: train_tokenizer(texts, size, eos_token))
+        used, reached = trained, vocab_size_of(trained)
+        if reached < size:
+            say(f"warning: the corpus is too small for {size} tokens: the vocabulary has {reached}.")
     if held_out:
         options["documents"] = scan.documents  # the hash of the content does not tell where the training split ends
     fingerprint = hashlib.sha256(json.dumps([options, scan.content], sort_keys=True).encode()).hexdigest()
@@ -245,20 +251,13 @@ def _existing(target: Path) -> Manifest | None:
     return Manifest.load(target)
 
 
-def _first_pass(corpus: _Corpus, train: Callable[[Iterator[str]], Tokenizer] | None) -> tuple[_Scan, Tokenizer | None]:
-    """Hash and count the documents, and train a tokenizer on those for training if that is asked for."""
-    title, tokenizer = "reading", None
-    while True:
+def _first_pass(corpus: _Corpus, use: Callable[[Iterator[str]], T]) -> tuple[_Scan, T]:
+    """Hash and count the documents; return that, and what `use` makes of the texts for training: it reads them all."""
+    scan = _Scan()
+    used = use(_training_texts(corpus, scan, again=False))
+    if corpus.fill(scan):
         scan = _Scan()
-        texts = _training_texts(corpus, scan, title)
-        if train is None:
-            for _ in texts:
-                pass
-        else:
-            tokenizer = train(texts)
-        if not corpus.fill(scan):
-            break
-        title = "reading again"
+        used = use(_training_texts(corpus, scan, again=True))
     total = sum(scan.documents.values())
     if not total:
         raise DataError(
@@ -275,13 +274,13 @@ def _first_pass(corpus: _Corpus, train: Callable[[Iterator[str]], Tokenizer] | N
                 f"no document fell to {split}: there {found}, and each goes to one side whole. Give more documents (a "
                 ".jsonl with one a line, or several files), or another file with --validation_input."
             )
-    return scan, tokenizer
+    return scan, used
 
 
-def _training_texts(corpus: _Corpus, scan: _Scan, title: str) -> Iterator[str]:
+def _training_texts(corpus: _Corpus, scan: _Scan, *, again: bool) -> Iterator[str]:
     """Yield the texts of the training documents; warnings are for the first reading."""
-    with progress(title) as advance:
-        for text, split, size in corpus.read(scan, quiet=title != "reading"):
+    with progress("reading again" if again else "reading") as advance:
+        for text, split, size in corpus.read(scan, quiet=again):
             advance(1, size)
             if split == "train":
                 yield text
