@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mhf_lightning.evidence.table import BASELINE, Summary
+from mhf_lightning.evidence.summary import BASELINE, Summary
 
 AXES = {"tokens": "tokens", "seconds": "seconds of training", "flops": "FLOPs of the model"}
 # Curves begin at half of the tokens. Before, all variants fall by several nats, and what is between them, a tenth of a

@@ -15,7 +15,7 @@ from mhf_lightning.callbacks.preemption import EXIT_PREEMPTED
 from mhf_lightning.cli import main
 from mhf_lightning.evidence import queue as module
 from mhf_lightning.evidence.queue import PACK, Runner, expected_seconds, read_queue
-from mhf_lightning.evidence.table import read_runs
+from mhf_lightning.evidence.summary import read_runs
 from mhf_lightning.report.events import read_events
 
 STEPS = 200

@@ -14,7 +14,8 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 from mhf_lightning.cli import main
-from mhf_lightning.evidence.table import read_runs, seed_table, summarise, summary_table, write
+from mhf_lightning.evidence.summary import read_runs, summarise
+from mhf_lightning.evidence.table import seed_table, summary_table, write
 from mhf_lightning.model import DecoderConfig, FFNConfig
 
 ROOT = Path(__file__).parents[2]
