@@ -34,6 +34,9 @@ sizes: $(READY)
 
 evidence: $(READY)
 	$(VENV)/bin/mhf evidence table configs/evidence/events/*.tar.gz --out docs/evidence
+	rm -f docs/evidence/efficiency.md
+	$(VENV)/bin/mhf evidence efficiency --layer docs/measured/2026-11-28-h200/paper-layer.csv --model docs/measured/2026-11-28-h200/paper-model.csv \
+		--out docs/evidence/efficiency.md
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 10) <= sys.version_info[:2] <= (3, 13) else "Python 3.10 to 3.13 is needed; set PYTHON=python3.12 or the like")'
