@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,17 +52,18 @@ class FileEntry:
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileEntry:
-    """Write a new file, hash what is written, and return when it is on the disk.
+    """Write a new file, hash what is written beside that, and return when it is on the disk.
 
     Raises:
         CheckpointError: The system refused; the message names the file.
     """
     digest, size = hashlib.sha256(), 0
     try:
-        with path.open("xb") as file:
+        with path.open("xb") as file, ThreadPoolExecutor(1) as beside:
             for chunk in chunks:
+                hashed = beside.submit(digest.update, chunk)
                 file.write(chunk)
-                digest.update(chunk)
+                hashed.result()  # a chunk may be memory that the next one is put into
                 size += len(chunk)
             file.flush()
             os.fsync(file.fileno())

@@ -12,6 +12,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -102,9 +103,11 @@ def verify(folder: str | Path) -> Manifest:
             raise CheckpointError(f"{path} is damaged: {status.st_size} bytes, {entry.bytes} were written")
         seen += [entry.sha256, status.st_ino, status.st_mtime_ns]
     if _verified.get(folder) != tuple(seen):
-        for entry in manifest.files:
-            if sha256_of(folder / entry.name) != entry.sha256:
-                raise CheckpointError(f"{folder / entry.name} is damaged: its hash does not match")
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            hashes = pool.map(sha256_of, [folder / entry.name for entry in manifest.files])
+            for entry, found in zip(manifest.files, hashes, strict=True):
+                if found != entry.sha256:
+                    raise CheckpointError(f"{folder / entry.name} is damaged: its hash does not match")
         _verified[folder] = tuple(seen)
     return manifest
 

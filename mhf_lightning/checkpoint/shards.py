@@ -10,7 +10,7 @@ import dataclasses
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,13 +125,25 @@ class Snapshot:
     index: dict[str, Any]
     trainer: tuple[Any, dict[str, Tensor]]
 
-    def copied(self) -> Snapshot:
-        """Return a snapshot that training cannot change any more, in CPU memory."""
-        return Snapshot(_copied(self.tensors), self.index, (self.trainer[0], _copied(self.trainer[1])))
 
+class Staging:
+    """CPU memory for the copies that are written beside training; kept, as new pages cost more than the copying."""
 
-def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def copy(self, content: Snapshot) -> Snapshot:
+        """Return a snapshot that training cannot change any more. It lasts until the next call."""
+        state, tensors = content.trainer
+        own = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        self._kept = {name: self._copy_of(name, tensor.detach()) for name, tensor in content.tensors.items()}
+        return Snapshot(dict(self._kept), content.index, (state, own))
+
+    def _copy_of(self, name: str, tensor: Tensor) -> Tensor:
+        kept = self._kept.get(name)
+        if kept is None or (kept.shape, kept.dtype) != (tensor.shape, tensor.dtype):
+            kept = torch.empty(tensor.shape, dtype=tensor.dtype)
+        return kept.copy_(tensor)
 
 
 def shard_name(rank: int) -> str:
@@ -225,9 +237,14 @@ def _write_files(folder: Path, content: Snapshot, rank: int) -> list[FileEntry]:
 
 
 class Saver:
-    """Runs saves one after the other, at most one at a time, beside training where asked to."""
+    """Runs saves one after the other, at most one at a time, beside training where asked to.
+
+    Attributes:
+        staging: For what the next of them writes, free when no save is running.
+    """
 
     def __init__(self) -> None:
+        self.staging = Staging()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running: Future[None] | None = None
 

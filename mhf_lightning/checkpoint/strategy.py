@@ -153,7 +153,7 @@ class ShardedCheckpoints(CommittedCheckpoints):
         tensors: dict[str, Tensor] = {}
         content = snapshot(state, (encode(rest, "trainer", tensors), tensors), ranks)
         if options.background:
-            content = content.copied()
+            content = self.saver.staging.copy(content)
         path, step, about = Path(filepath), checkpoint["global_step"], self.about(checkpoint)
 
         def save() -> None:

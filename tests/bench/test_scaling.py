@@ -143,6 +143,7 @@ def test_a_killed_rank_is_noticed_and_training_goes_on(measured):
     times = [float(row[name]) for name in ("noticed_s", "started_s", "loaded_s", "recovery_s")]
     assert times == sorted(times)
     assert 0 < float(row["background_stall_s"]) < float(row["background_s"])
+    assert float(row["later_background_stall_s"]) > 0
     assert float(row["stall_s"]) > 0
     # Weights and two moments in float32, and what is saved beside them.
     assert 1 < float(row["checkpoint_gib"]) * 2**30 / (12 * int(row["parameters"])) < 3

@@ -1,6 +1,7 @@
 """Commit, verification, pruning and the choice of the newest valid checkpoint, on real folders."""
 
 import errno
+import hashlib
 import json
 import os
 import subprocess
@@ -25,7 +26,7 @@ from mhf_lightning.checkpoint.folder import (
     prune,
     verify,
 )
-from mhf_lightning.checkpoint.shards import SaveOptions, after_commit
+from mhf_lightning.checkpoint.shards import SaveOptions, Snapshot, Staging, after_commit
 
 
 def save(folder, step):
@@ -54,6 +55,42 @@ def test_a_committed_checkpoint_verifies_and_is_named_by_latest(tmp_path):
     assert (tmp_path / "latest").read_text() == "step-7\n"
     assert newest(tmp_path) == path
     assert load_file(path / "shard-00000.safetensors")["model/w"].tolist() == [7.0] * 50
+
+
+def test_chunks_may_be_one_memory_that_is_filled_again(tmp_path):
+    def chunks():
+        memory = bytearray(1 << 22)
+        for number in range(5):
+            memory[:] = bytes([number]) * len(memory)
+            yield memoryview(memory)
+
+    entry = write_file(tmp_path / "file", chunks())
+    content = b"".join(bytes([number]) * (1 << 22) for number in range(5))
+    assert (tmp_path / "file").read_bytes() == content
+    assert (entry.bytes, entry.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+
+
+def test_copies_are_made_in_the_memory_of_the_last_ones():
+    staging, weight, state = Staging(), torch.arange(4.0, requires_grad=True), torch.tensor([1])
+
+    def copy():
+        return staging.copy(Snapshot({"w": weight, "step": torch.tensor(7)}, {}, ({"a": 1}, {"rng": state})))
+
+    first = copy()
+    with torch.no_grad():
+        weight += 1
+    state += 1
+    assert first.tensors["w"].tolist() == [0, 1, 2, 3]
+    assert first.trainer[1]["rng"].tolist() == [1]
+    second = copy()
+    assert second.tensors["w"].tolist() == [1, 2, 3, 4]
+    assert [second.tensors[name].data_ptr() for name in ("w", "step")] == [
+        first.tensors[name].data_ptr() for name in ("w", "step")
+    ]
+    weight = weight.detach()[:3].double()
+    third = copy()
+    assert (third.tensors["w"].tolist(), third.tensors["w"].dtype) == ([1, 2, 3], torch.float64)
+    assert second.tensors["w"].tolist() == [1, 2, 3, 4]
 
 
 def test_every_dtype_is_written_as_safetensors_reads_it(tmp_path):

@@ -34,7 +34,8 @@ class Case:
         precision: Lightning's name.
         compiled: Blocks are compiled.
         layers: Number of blocks; None takes the model's.
-        save_at: Steps after which a checkpoint is saved, and whether in the background.
+        save_at: Steps after which a checkpoint is saved, and whether in the background. Each save waits until the one
+            before it is on disk: then its step is the earliest.
         kill: The last rank kills itself when the last of these checkpoints is on disk.
         resume: Label of the case whose newest checkpoint this one continues.
         stop_after: Steps after which a continued training ends; None goes on to the end.
@@ -216,11 +217,11 @@ def parity(sizes: Sizes) -> list[list[Case]]:
 
 
 def checkpoint(sizes: Sizes) -> list[list[Case]]:
-    """FSDP2 on all GPUs: a save, another in the background, a rank that is killed; and the training that goes on."""
+    """FSDP2 on all GPUs: a save, two in the background, a rank that is killed; and the training that goes on."""
     stages = []
     for model in sizes.models:
         case = replace(sizes.case("checkpoint", model, "fsdp2", max(sizes.processes)), steps=CHECKPOINT_STEPS)
-        killed = replace(case, save_at=((WARMUP + 3, False), (WARMUP + 6, True)), kill=True)
+        killed = replace(case, save_at=((WARMUP + 3, False), (WARMUP + 6, True), (WARMUP + 9, True)), kill=True)
         stages += [[killed], [replace(case, resume=killed.label, stop_after=3)]]
     return stages
 

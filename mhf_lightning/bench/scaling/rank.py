@@ -166,7 +166,8 @@ class Meter(Checkpoint):
         self.window_s, self.measured = 0.0, 0
         self._window_begins = 0.0
         self._kept: list[dict[str, Any]] = []  # steps that are not written yet
-        self._committed: int | None = None
+        self._due = list(case.save_at)
+        self._saved = self._committed = 0  # steps of the last save that was begun, and of that which is on disk
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Say that everything is loaded."""
@@ -186,7 +187,6 @@ class Meter(Checkpoint):
         if step == self._last_step:
             return
         self._last_step = step
-        saves = dict(self.case.save_at)
         if step == self._first_step + self.case.warmup:
             _wait(trainer)
             if trainer.strategy.root_device.type == "cuda":
@@ -201,9 +201,9 @@ class Meter(Checkpoint):
         # Reading a loss waits for the device. A training that will be killed has to write its losses before.
         if self.case.kill or step in (self.case.steps, self._first_step + 1):
             self._write()
-        if step in saves:
-            self._save(trainer, step, saves[step])
-        if self.case.kill and self._committed == max(saves) and step >= max(saves) + STEPS_AFTER_SAVE:
+        if self._due and step >= self._due[0][0] and self._is_on_disk(trainer):
+            self._save(trainer, step, background=self._due.pop(0)[1])
+        elif self.case.kill and not self._due and step >= self._saved + STEPS_AFTER_SAVE and self._is_on_disk(trainer):
             self._die(trainer)
         if self.case.stop_after is not None and step == self._first_step + self.case.stop_after:
             self._write()
@@ -214,11 +214,16 @@ class Meter(Checkpoint):
             self.lines.write(**{key: float(value) if key != "step" else value for key, value in values.items()})
         self._kept.clear()
 
+    def _is_on_disk(self, trainer: Trainer) -> bool:
+        """Say whether the last save is, for every rank: they have to agree, and hear of it at different times."""
+        return trainer.strategy.reduce_boolean_decision(self._committed == self._saved)
+
     def _save(self, trainer: Trainer, step: int, background: bool) -> None:
         """Save, and say for how long training stood still."""
         _wait(trainer)
         begun = time.perf_counter()
         options = SaveOptions(background=background)
+        self._saved = step
         trainer.save_checkpoint(self.folder / f"step-{step}", weights_only=False, storage_options=options)
         _wait(trainer)
         self.lines.write(saved=step, background=background, stall_s=time.perf_counter() - begun)

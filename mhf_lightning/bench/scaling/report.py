@@ -34,7 +34,8 @@ PARITY_HEADINGS = {
 }
 CHECKPOINT_HEADINGS = {
     **{"model": "model", "gpus": "GPUs", "checkpoint_gib": "GiB", "stall_s": "save: stall s", "gib_per_s": "GiB/s"},
-    **{"background_stall_s": "background: stall s", "background_s": "until on disk s", "step_ms": "step ms"},
+    **{"background_stall_s": "background: stall s", "later_background_stall_s": "the next: stall s"},
+    **{"background_s": "until on disk s", "step_ms": "step ms"},
     **{"background_step_ms": "while writing", "noticed_s": "kill noticed s", "started_s": "started s"},
     **{"loaded_s": "loaded s", "recovery_s": "first step s", "loss_difference": "loss difference", "status": "status"},
 }

@@ -32,7 +32,8 @@ PARITY_COLUMNS = (
 CURVE_COLUMNS = ("model", "strategy", "gpus", "continues", "step", "loss", "grad_norm")
 CHECKPOINT_COLUMNS = (
     *_CASE,
-    *("parameters", "checkpoint_gib", "stall_s", "gib_per_s", "background_stall_s", "background_s", "step_ms"),
+    *("parameters", "checkpoint_gib", "stall_s", "gib_per_s", "background_stall_s"),
+    *("later_background_stall_s", "background_s", "step_ms"),
     *("background_step_ms", "saved_step", "killed_step", "noticed_s", "started_s", "loaded_s", "recovery_s"),
     *("loss_difference", *ABOUT),
 )
@@ -162,24 +163,23 @@ def checkpoint_row(killed: tuple[Case, Outcome], resumed: Outcome, folder: Path)
     if not deaths(outcome):
         return row
     death = deaths(outcome)[0]
-    saves = {bg: [e for events in outcome.events for e in events if e.get("background") is bg] for bg in (False, True)}
-    in_background = min(saves[True], key=lambda event: event["time"])
+    saves: dict[int, list[dict[str, Any]]] = {}  # what the ranks say of each, in the order of their steps
+    for event in (event for events in outcome.events for event in events if "saved" in event):
+        saves.setdefault(event["saved"], []).append(event)
+    at_once, *in_background = [max(saves[step], key=lambda event: event["stall_s"]) for step in sorted(saves)]
+    first = in_background[0]
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / GIB
-    stall = max(event["stall_s"] for event in saves[False])
-    background_stall = max(event["stall_s"] for event in saves[True])
-    committed = max(
-        e["time"] for events in outcome.events for e in events if e.get("committed") == in_background["saved"]
-    )
+    committed = max(e["time"] for events in outcome.events for e in events if e.get("committed") == first["saved"])
     at = {event["step"]: event["at"] for event in outcome.events[0] if "step" in event}
     durations = {step: at[step] - at[step - 1] for step in at if step - 1 in at}
-    saved_steps = {saves[bg][0]["saved"] for bg in saves}
-    quiet = [s for step, s in durations.items() if case.warmup < step < min(saved_steps)]
-    writing = [s for step, s in durations.items() if step > max(saved_steps) + 1 and at[step] <= committed]
+    quiet = [s for step, s in durations.items() if case.warmup < step < min(saves)]
+    writing = [s for step, s in durations.items() if step > first["saved"] + 1 and at[step] <= committed]
     row |= {
-        **{"checkpoint_gib": size, "stall_s": stall, "gib_per_s": size / stall},
-        "background_stall_s": background_stall,
-        "background_s": committed - in_background["time"] + in_background["stall_s"],
-        **{"step_ms": 1e3 * statistics.median(quiet), "saved_step": max(saved_steps)},
+        **{"checkpoint_gib": size, "stall_s": at_once["stall_s"], "gib_per_s": size / at_once["stall_s"]},
+        "background_stall_s": first["stall_s"],
+        "later_background_stall_s": max(event["stall_s"] for event in in_background[1:]),
+        "background_s": committed - first["time"] + first["stall_s"],
+        **{"step_ms": 1e3 * statistics.median(quiet), "saved_step": max(saves)},
         "killed_step": death["killed"],
         "noticed_s": outcome.ended - death["time"],
     }
@@ -194,8 +194,8 @@ def checkpoint_row(killed: tuple[Case, Outcome], resumed: Outcome, folder: Path)
     row["parameters"] = resumed.done()[0]["parameters"]
     before, after = curve(outcome), curve(resumed)
     again = {step: values for step, values in after.items() if step in before}
-    if min(after) != max(saved_steps) + 1 or not again:
-        return row | {"status": f"continued at step {min(after)}, not after {max(saved_steps)}"}
+    if min(after) != max(saves) + 1 or not again:
+        return row | {"status": f"continued at step {min(after)}, not after {max(saves)}"}
     row["loss_difference"] = differences(before, again)["loss_difference"]
     alike = row["loss_difference"] <= TOLERANCES[case.precision][0]
     return row | {"status": "ok" if alike else "differs"}
