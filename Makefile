@@ -5,12 +5,14 @@
 PYTHON ?= python3
 RUN ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 VENV := .venv
+INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
+PAPER_ROWS := docs/measured/2026-11-28-h200
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: train test test-fast test-faults check sizes evidence clean
 
-train: $(READY)
+train: $(INSTALLED)
 	$(VENV)/bin/mhf data prepare --config configs/quickstart_data.yaml
 	$(VENV)/bin/mhf fit --config configs/model/flash_mhf.yaml --config configs/quickstart.yaml --run_dir $(RUN)
 
@@ -29,19 +31,23 @@ check: $(READY)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-sizes: $(READY)
+sizes: $(INSTALLED)
 	$(VENV)/bin/python configs/size_table.py > configs/paper/SIZES.md
 
-evidence: $(READY)
+evidence: $(INSTALLED)
 	$(VENV)/bin/mhf evidence table configs/evidence/events/*.tar.gz --out docs/evidence
 	rm -f docs/evidence/efficiency.md
-	$(VENV)/bin/mhf evidence efficiency --layer docs/measured/2026-11-28-h200/paper-layer.csv --model docs/measured/2026-11-28-h200/paper-model.csv \
+	$(VENV)/bin/mhf evidence efficiency --layer $(PAPER_ROWS)/paper-layer.csv --model $(PAPER_ROWS)/paper-model.csv \
 		--out docs/evidence/efficiency.md
 
-$(READY): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 10) <= sys.version_info[:2] <= (3, 13) else "Python 3.10 to 3.13 is needed; set PYTHON=python3.12 or the like")'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@touch $(INSTALLED)
+
+# With DeepSpeed, for the tests alone: its build imports torch, so it comes after the rest.
+$(READY): $(INSTALLED)
 	DS_BUILD_OPS=0 $(VENV)/bin/python -m pip install -q -c constraints.txt --no-build-isolation deepspeed
 	@touch $(READY)
 
