@@ -77,8 +77,10 @@ def main(args: list[str] | None = None) -> None:
     else:
         if args[0] == "fit":
             block_stop_signals()
-        from mhf_lightning.training.cli import run
-
+        try:
+            from mhf_lightning.training.cli import run
+        except KeyboardInterrupt:  # the import takes seconds
+            sys.exit("mhf: interrupted before anything was begun")
         run(args)
 
 

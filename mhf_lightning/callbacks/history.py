@@ -108,11 +108,16 @@ class History(Callback):
             self._write("end", trainer.global_step, tokens=pl_module.tokens_seen, reason=reason)
 
     def on_exception(self, trainer: Trainer, pl_module: PretrainModule, exception: BaseException) -> None:  # type: ignore[override]
-        """Write any other end; ``SystemExit``, by which preemption leaves, comes here too."""
+        """Write any other end; ``SystemExit``, by which preemption leaves, comes here too.
+
+        A resume that is refused before it trains (a ValueError, exit code 2) leaves the run as it was.
+        """
+        if isinstance(exception, ValueError) and not self._started and self._file and os.fstat(self._file).st_size:
+            return
         reason = "preempted"
         if not (isinstance(exception, SystemExit) and exception.code in LEAVING):
             first_line = str(exception).partition("\n")[0]
-            reason = f"error: {type(exception).__name__}: {first_line}"
+            reason = f"error: {type(exception).__name__}{': ' if first_line else ''}{first_line}"
         self._write("end", trainer.global_step, tokens=pl_module.tokens_seen, reason=reason)
 
     def _progress(self, trainer: Trainer, pl_module: PretrainModule) -> None:

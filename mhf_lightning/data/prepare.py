@@ -158,6 +158,8 @@ def prepare(
     held_out = resolve_inputs([validation_input]) if validation_input is not None else []
     target = Path(out).expanduser().resolve()
     existing = _existing(target)
+    if existing is None:
+        _check_writable(target)
     given = load_tokenizer(tokenizer, eos_token) if tokenizer is not None else None
     size = DEFAULT_VOCAB_SIZE if vocab_size is None else vocab_size
     options = {
@@ -317,13 +319,28 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _check_writable(target: Path) -> None:
+    """Find out before the work, and not after it, that the folder cannot be made; leaves nothing."""
+    missing = [folder for folder in target.parents if not folder.exists()]
+    try:
+        folder = _hidden(target)
+        folder.mkdir(parents=True)
+        for made in (folder, *missing):
+            made.rmdir()
+    except OSError as error:
+        raise DataError(f"cannot write to {target.parent}: {error.strerror}. Choose another --out.") from error
+
+
+def _hidden(target: Path) -> Path:
+    return target.parent / f".{target.name}.preparing-{secrets.token_hex(4)}"
+
+
 @contextmanager
 def _appearing(target: Path) -> Iterator[Path]:
     """A folder that appears under its name when the block ends well, and not at all otherwise."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = target.parent / f".{target.name}.preparing-{secrets.token_hex(4)}"
+    folder = _hidden(target)
     try:
-        folder.mkdir()
+        folder.mkdir(parents=True)
         yield folder
         try:
             folder.rename(target)  # replaces an empty folder and nothing else

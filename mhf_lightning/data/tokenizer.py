@@ -109,6 +109,12 @@ def vocab_size_of(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
+def have_same_tokens(a: Path, b: Path) -> bool:
+    """Say whether two tokenizer.json give the same spelling the same number; how they are written does not matter."""
+    one, other = (Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True) for path in (a, b))
+    return bool(one == other)
+
+
 def split_pieces(text: str) -> Iterator[str]:
     """Cut a long text between words, into pieces of at least `PIECE_CHARACTERS` that encode as the whole does."""
     start = 0

@@ -50,10 +50,9 @@ def main(args: list[str]) -> int:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         decoder = trained.decoder(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
 
-        print(options.prompt, end="", flush=True)
         stream = DecodeStream(ids, skip_special_tokens=True)
         started = time.perf_counter()
-        times = []
+        times: list[float] = []
         try:
             for token in generate(
                 decoder,
@@ -64,6 +63,8 @@ def main(args: list[str]) -> int:
                 stop_id=vocabulary.eos_id,
                 generator=torch.Generator().manual_seed(options.seed),
             ):
+                if not times:
+                    print(options.prompt, end="")
                 times.append(time.perf_counter())
                 text = stream.step(tokenizer, int(token))
                 print(text or "", end="", flush=True)

@@ -139,6 +139,8 @@ def make_plan(options: Any, model: PretrainModule, data: TokenDataModule) -> Pla
     )
     tokens_per_step = step.micro_batch_size * step.context_length * step.accumulate * step.data_parallel
     flops = flops_per_token(decoder, step.context_length)
+    if options.tokens is not None and options.tokens < 1:
+        raise ValueError(f"--tokens is {options.tokens:g}; it must be at least 1")
     tokens = options.tokens or options.trainer.max_steps * tokens_per_step
     return Plan(
         step,

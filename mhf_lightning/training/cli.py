@@ -131,6 +131,12 @@ class MHFCLI(LightningCLI):
         options = self.config[str(self.subcommand)]
         if options.get("ckpt_path"):
             options["model"]["init_from"] = None
+            steps, resumed = int(options["trainer"].get("fast_dev_run") or 0), self._resumed_step()
+            if steps and resumed is not None and resumed >= steps:
+                raise ValueError(
+                    f"--trainer.fast_dev_run is a trial that ends at step {steps}, and {options['ckpt_path']} is at "
+                    f"step {resumed}; leave out --ckpt_path and give another --run_dir"
+                )
         try:
             super().instantiate_classes()
         except MisconfigurationException as error:

@@ -17,6 +17,7 @@ from torch import Tensor
 from mhf_lightning.callbacks.deferred import HostCopy
 from mhf_lightning.callbacks.exact_resume import ExactResume
 from mhf_lightning.checkpoint.files import TensorFile
+from mhf_lightning.data.tokenizer import have_same_tokens
 from mhf_lightning.metrics import TokenPerplexity
 from mhf_lightning.model import Decoder, DecoderConfig
 from mhf_lightning.model.checkpointing import ActivationCheckpointing
@@ -139,6 +140,14 @@ class PretrainModule(LightningModule):
                 f"the dataset's tokenizer has {manifest.vocab_size} tokens, but model.decoder.vocab_size is "
                 f"{vocab_size}; set it to {manifest.vocab_size} or more, or prepare the data with a smaller tokenizer"
             )
+        if manifest is not None and self.init_from is not None:
+            tokenizers = [Path(self.init_from).parent / "tokenizer.json"]  # where mhf import puts it
+            tokenizers += [Path(self.trainer.datamodule.path) / manifest.tokenizer.file]  # type: ignore[attr-defined]
+            if all(path.exists() for path in tokenizers) and not have_same_tokens(*tokenizers):
+                rank_zero_warn(
+                    f"the data are of another tokenizer than the weights: {tokenizers[1]} is not {tokenizers[0]}; "
+                    "give that to mhf data prepare --tokenizer"
+                )
 
     def configure_model(self) -> None:
         """Take the weights to start from, then split, compile and shard the blocks, once, as options and strategy say.

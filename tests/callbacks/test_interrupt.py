@@ -197,6 +197,22 @@ def test_the_second_leaves_at_once(fit, processes):
     assert run.history()[-1]["reason"].startswith("error: KeyboardInterrupt")
 
 
+def test_in_the_import_it_ends_the_process_in_one_line():
+    code = """
+import sys
+class Interrupted:
+    @staticmethod
+    def find_spec(name, *_):
+        if name == "mhf_lightning.training.cli":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupted)
+from mhf_lightning.cli import main
+main(["fit"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "mhf: interrupted before anything was begun\n")
+
+
 @pytest.mark.parametrize("processes", [ONE_PROCESS, TWO_PROCESSES], ids=["one process", "two processes"])
 def test_before_the_first_step_is_done_it_ends_the_run(fit, processes):
     """In a step that would take an hour."""

@@ -210,6 +210,17 @@ def test_another_dataset_is_not_overwritten(dataset, corpus, texts, tmp_path, ch
     assert prepare([str(corpus)], str(dataset), **options) == Manifest.load(dataset)  # the unchanged call is recognised
 
 
+def test_a_folder_that_cannot_be_made_is_found_before_the_work(tmp_path, corpus, monkeypatch):
+    monkeypatch.setattr("mhf_lightning.data.prepare._first_pass", None)
+    (tmp_path / "file").touch()
+    for out in ("/proc/data", tmp_path / "file/data"):
+        with pytest.raises(DataError, match=rf"^cannot write to {Path(out).parent}: .*\. Choose another --out\.$"):
+            prepare([str(corpus)], str(out), **OPTIONS)
+    with pytest.raises(TypeError, match="NoneType"):
+        prepare([str(corpus)], str(tmp_path / "new/data"), **OPTIONS)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_other_things_in_the_way(tmp_path, corpus):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.csv").write_text("precious")

@@ -62,6 +62,12 @@ def test_another_tokenizer_than_that_of_the_training_is_refused(made_run, made_c
     assert mhf(capsys, *older, "--data", str(other))[0].startswith(PROMPT)
 
 
+def test_nothing_is_printed_where_an_option_is_wrong(made_run, capsys):
+    out, err = mhf(capsys, "generate", str(made_run), "--prompt", PROMPT, "--temperature", "-1", code=2)
+    assert not out
+    assert err.startswith("mhf: error: temperature is -1.0")
+
+
 def test_the_seed_decides(made_run, capsys):
     options = ("generate", str(made_run), "--prompt", "", "--temperature", "2", "--top_p", "1")
     first, second, other = (mhf(capsys, *options, "--seed", seed)[0] for seed in ("1", "1", "2"))

@@ -259,6 +259,8 @@ def test_a_run_that_does_not_fit_exits_with_1_and_says_what_to_change(capsys):
     [
         (["--gpu=h9000"], "--gpu is 'h9000'; known are a100-40gb, a100, h100"),
         (["--gpus=0"], "--gpus is 0; it must be at least 1"),
+        (["--tokens=-5"], "--tokens is -5; it must be at least 1"),
+        (["--tokens=0"], "--tokens is 0; it must be at least 1"),
         (["--trainer.devices=auto"], "trainer.devices is auto, which is no number of GPUs; give --gpus"),
         (["--mfu=1.5"], "--mfu is 1.5; it must be above 0 and at most 1"),
         (["--context_length=null"], "there is no dataset at data.path none to take it from: give --context_length"),

@@ -1,7 +1,9 @@
 """10 steps against 5 + resume + 5: losses, weights and optimiser bitwise equal."""
 
+import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from mhf_lightning.checkpoint.folder import checkpoints, verify
 from mhf_lightning.checkpoint.shards import Saver
 from mhf_lightning.checkpoint.strategy import MHFSingleDevice
 from mhf_lightning.data.datamodule import TokenDataModule
+from mhf_lightning.data.manifest import Manifest
 from mhf_lightning.model import DecoderConfig, FFNConfig
 from mhf_lightning.training.module import PretrainModule, check_config
 from mhf_lightning.training.optimizer import OptimizerConfig, ScheduleConfig
@@ -270,6 +273,24 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(corpus, decoder_confi
     decoder_config.vocab_size = 200
     with pytest.raises(ValueError, match=r"tokenizer has 300 tokens.*vocab_size is 200"):
         run(corpus, decoder_config, tmp_path, 0)
+
+
+def test_weights_whose_tokenizer_is_not_that_of_the_data_are_warned_of(corpus, decoder_config, tmp_path, recwarn):
+    module = PretrainModule(decoder_config, init_from=str(tmp_path / "model.safetensors"))
+    data = SimpleNamespace(path=str(corpus), manifest=Manifest.load(corpus))
+    module._trainer = SimpleNamespace(gradient_clip_val=None, datamodule=data)
+    tokenizer = json.loads((corpus / "tokenizer.json").read_text())
+    module.setup("fit")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer, indent=7))
+    module.setup("fit")
+    assert not recwarn
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.warns(
+        UserWarning, match=rf"{corpus}/tokenizer.json is not {tmp_path}/tokenizer.json; give that to mhf"
+    ):
+        module.setup("fit")
 
 
 def test_another_gate_is_another_architecture():

@@ -212,12 +212,33 @@ def test_a_configuration_that_cannot_be_written_is_named_and_not_left(tmp_path):
         with pytest.raises(
             ValueError, match=rf"^{tmp_path}/config-resume-1.yaml\S* could not be written: File too large"
         ):
-            ResolvedConfig(tmp_path, "#" * 1001).on_fit_start(None, None)
+            ResolvedConfig(tmp_path, "#" * 1001).on_train_start(None, None)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
-    ResolvedConfig(tmp_path, "a: 1\n").on_fit_start(None, None)
+    resolved = ResolvedConfig(tmp_path, "a: 1\n")
+    resolved.on_fit_start(None, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    resolved.on_train_start(None, None)
     assert (tmp_path / "config-resume-1.yaml").read_text() == "a: 1\n"
+
+
+@pytest.mark.slow
+def test_a_resume_that_is_refused_leaves_the_run_as_it_was(corpus, tmp_path):
+    run_dir = tmp_path / "run"
+    mhf("fit", *arguments(corpus, run_dir, "--trainer.max_steps", "2"))
+    (run_dir / "lock").write_text("")
+    before = {path: data for path, data in contents(run_dir).items() if path.parent.name != "tensorboard"}
+    resume = ["--trainer.max_steps", "4", "--ckpt_path", "auto"]
+    for more, why in (
+        (["--model.optimizer.lr", "0.5"], "and this start has 0.5"),
+        (["--trainer.max_steps", "1"], "Raise trainer.max_steps"),
+        (["--trainer.fast_dev_run", "2"], "step-2 is at step 2; leave out --ckpt_path and give another --run_dir"),
+    ):
+        assert why in error_line(mhf("fit", *arguments(corpus, run_dir, *resume, *more), code=2))
+        (run_dir / "lock").write_text("")
+        # The logger has begun an event file by then; there is nothing in it.
+        assert {path: data for path, data in contents(run_dir).items() if path.parent.name != "tensorboard"} == before
 
 
 @pytest.mark.slow
