@@ -16,7 +16,7 @@ import secrets
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -325,10 +325,11 @@ def _check_writable(target: Path) -> None:
     try:
         folder = _hidden(target)
         folder.mkdir(parents=True)
-        for made in (folder, *missing):
-            made.rmdir()
     except OSError as error:
         raise DataError(f"cannot write to {target.parent}: {error.strerror}. Choose another --out.") from error
+    with suppress(OSError):  # another process may use a parent by now
+        for made in (folder, *missing):
+            made.rmdir()
 
 
 def _hidden(target: Path) -> Path:
