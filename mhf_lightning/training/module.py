@@ -16,8 +16,6 @@ from torch import Tensor
 
 from mhf_lightning.callbacks.deferred import HostCopy
 from mhf_lightning.callbacks.exact_resume import ExactResume
-from mhf_lightning.checkpoint.files import TensorFile
-from mhf_lightning.data.tokenizer import have_same_tokens
 from mhf_lightning.metrics import TokenPerplexity
 from mhf_lightning.model import Decoder, DecoderConfig
 from mhf_lightning.model.checkpointing import ActivationCheckpointing
@@ -26,6 +24,7 @@ from mhf_lightning.model.parallel import broadcast_weights, shard, split_heads
 from mhf_lightning.training.gradients import Gradients, ParameterGradients, ZeroGradients
 from mhf_lightning.training.optimizer import OptimizerConfig, ScheduleConfig, build_adamw, leave_out_on_device
 from mhf_lightning.training.ranks import data_parallel_group, data_parallel_ranks, sum_over_ranks
+from mhf_lightning.training.weights import check_architecture, check_config, load_weights, warn_of_other_tokens
 
 
 class NonFiniteError(RuntimeError):
@@ -141,13 +140,8 @@ class PretrainModule(LightningModule):
                 f"{vocab_size}; set it to {manifest.vocab_size} or more, or prepare the data with a smaller tokenizer"
             )
         if manifest is not None and self.init_from is not None:
-            tokenizers = [Path(self.init_from).parent / "tokenizer.json"]  # where mhf import puts it
-            tokenizers += [Path(self.trainer.datamodule.path) / manifest.tokenizer.file]  # type: ignore[attr-defined]
-            if all(path.exists() for path in tokenizers) and not have_same_tokens(*tokenizers):
-                rank_zero_warn(
-                    f"the data are of another tokenizer than the weights: {tokenizers[1]} is not {tokenizers[0]}; "
-                    "give that to mhf data prepare --tokenizer"
-                )
+            path: Any = self.trainer.datamodule.path  # type: ignore[attr-defined]
+            warn_of_other_tokens(Path(self.init_from), Path(path) / manifest.tokenizer.file)
 
     def configure_model(self) -> None:
         """Take the weights to start from, then split, compile and shard the blocks, once, as options and strategy say.
@@ -447,61 +441,3 @@ class PretrainModule(LightningModule):
         self.skipped_steps, self._skipped_in_a_row = skipped["total"], skipped["in_a_row"]
         self.initial_validation = checkpoint.get("initial_validation", {})
         self.validated_step = checkpoint.get("validated_step", checkpoint["global_step"])
-
-
-def load_weights(decoder: Decoder, path: Path) -> None:
-    """Fill a decoder from a safetensors file with its names; weights are cast to the decoder's dtype.
-
-    Raises:
-        ValueError: The file is missing or damaged, or of another architecture.
-    """
-    file = TensorFile(path)
-    stored = {name: file.read(name) for name in file.names()}
-    try:
-        check_architecture(decoder.state_dict(), stored)
-    except ValueError as error:
-        raise ValueError(f"model.init_from, {path}: {error}") from error
-    decoder.load_state_dict(stored)
-
-
-def check_config(own: DecoderConfig, stored: dict[str, Any]) -> None:
-    """Compare what changes a model's function without changing the shape of a weight.
-
-    Raises:
-        ValueError: A value differs; the message names it.
-    """
-    keys = ("num_attention_heads", "num_kv_heads", "rope_theta", "norm_eps", "tie_embeddings")
-    ours = own.to_dict()
-    differences = [f"{key}: model {ours[key]}, checkpoint {stored[key]}" for key in keys if ours[key] != stored[key]]
-    if ours["ffn"]["name"] != stored["ffn"]["name"]:
-        differences.append(f"ffn.name: model {ours['ffn']['name']}, checkpoint {stored['ffn']['name']}")
-    gates = [ffn.get("gate") or "sigmoid" for ffn in (ours["ffn"], stored["ffn"])]
-    if gates[0] != gates[1]:
-        differences.append(f"ffn.gate: model {gates[0]}, checkpoint {gates[1]}")
-    if differences:
-        raise ValueError(
-            f"the checkpoint holds another architecture: {'; '.join(differences)}; "
-            f"use the model config that the run was started with (config.yaml in its run folder)"
-        )
-
-
-def check_architecture(own: dict[str, Tensor], stored: dict[str, Tensor]) -> None:
-    """Compare the keys and shapes of a model and a checkpoint.
-
-    Raises:
-        ValueError: They differ; the message names up to eight differences.
-    """
-    differences = [f"{key}: only in the model" for key in own.keys() - stored.keys()]
-    differences += [f"{key}: only in the checkpoint" for key in stored.keys() - own.keys()]
-    differences += [
-        f"{key}: model {tuple(own[key].shape)}, checkpoint {tuple(stored[key].shape)}"
-        for key in own.keys() & stored.keys()
-        if own[key].shape != stored[key].shape
-    ]
-    if differences:
-        shown = "\n  ".join(sorted(differences)[:8])
-        more = f"\n  and {len(differences) - 8} more" if len(differences) > 8 else ""
-        raise ValueError(
-            f"the checkpoint holds another architecture:\n  {shown}{more}\n"
-            f"use the model config that the run was started with (config.yaml in its run folder)"
-        )

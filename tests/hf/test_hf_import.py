@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mhf_lightning.checkpoint.files import write_tensors
 from mhf_lightning.model import Decoder, DecoderConfig
-from mhf_lightning.training.module import load_weights
+from mhf_lightning.training.weights import load_weights
 
 ROOT = Path(__file__).parents[2]
 

@@ -17,8 +17,9 @@ from mhf_lightning.checkpoint.strategy import MHFSingleDevice
 from mhf_lightning.data.datamodule import TokenDataModule
 from mhf_lightning.data.manifest import Manifest
 from mhf_lightning.model import DecoderConfig, FFNConfig
-from mhf_lightning.training.module import PretrainModule, check_config
+from mhf_lightning.training.module import PretrainModule
 from mhf_lightning.training.optimizer import OptimizerConfig, ScheduleConfig
+from mhf_lightning.training.weights import check_config
 
 
 class Recorder(Callback):
