@@ -20,6 +20,12 @@ _INTERRUPTED, _STOPPED = 1, 2  # what a rank was asked to do; of several request
 _ANSWER = "\nCtrl-C: saving after this step, or after the validation that runs; press it again to leave at once\n"
 
 
+def drop_sigterm_broadcast(trainer: Trainer) -> None:
+    """Keep Lightning from broadcasting its SIGTERM flag, with a wait for the device, before every micro-batch."""
+    loop: Any = trainer.fit_loop.epoch_loop
+    loop._broadcast_sigterm_tensor = lambda: None
+
+
 class Preemption(Checkpoint):
     """Saves and leaves when any rank was sent a stop signal, or its first SIGINT (:mod:`mhf_lightning.signals`).
 
@@ -50,9 +56,7 @@ class Preemption(Checkpoint):
         """Make the group, take Lightning's own flag out of the way, and leave at once if that is asked for already."""
         if dist.is_available() and dist.is_initialized():
             self._group = dist.new_group(backend="gloo")
-        # Lightning broadcasts its SIGTERM flag, with a synchronisation of the device, before every micro-batch.
-        loop: Any = trainer.fit_loop.epoch_loop
-        loop._broadcast_sigterm_tensor = lambda: None
+        drop_sigterm_broadcast(trainer)
         self._ask()
         self._answer(trainer)
         if self._leaving:

@@ -48,14 +48,13 @@ def sizes(model: str, *strategies: str, processes=(1, 2)) -> Sizes:
     return Sizes((model,), strategies, processes, MICRO_BATCH, 8, LENGTH, STEPS, "32-true", compiled=False)
 
 
-def run(tmp_path: Path, *several: cases.Case, slots=("", ""), timeout: float = 120.0) -> dict[str, Outcome]:
+def run(tmp_path: Path, *several: cases.Case, slots=("", ""), timeout: float = 120.0, share=1) -> dict[str, Outcome]:
     """Run cases; on a CPU, slots with names are made-up GPUs."""
     ended: dict[str, Outcome] = {}
     slots = list(slots)
     threads = start_server(slots, tmp_path / "inductor")
-    run_cases(
-        several, slots, threads, tmp_path, timeout, lambda case, end: ended.update({case.label: end}), lambda case: None
-    )
+    on_end = lambda case, end: ended.update({case.label: end})  # noqa: E731
+    run_cases(several, slots, threads, tmp_path, timeout, on_end, lambda case: None, share)
     return {case.label: ended[case.label] for case in several}
 
 
@@ -302,6 +301,18 @@ def test_cases_share_the_host_but_no_gpu(model, tmp_path):
             if name != other and begun < other_over and other_begun < over:
                 assert not gpus & other_gpus
                 assert other in ended[name].beside
+
+
+def test_where_nothing_is_timed_cases_share_gpus(model, tmp_path):
+    """No rank shares with one of its own case, no GPU has more cases than it may, and the emptiest is taken."""
+    pairs = [replace(sizes(model).case(f"two{n}", model, "ddp", 2), steps=10) for n in range(3)]
+    single = replace(sizes(model).case("one", model, "single", 1), steps=10)
+    ended = run(tmp_path, single, *pairs, slots="567", share=2)
+    assert {outcome.status for outcome in ended.values()} == {"ok"}
+    spans = dict(zip(ended, seen(ended), strict=True))
+    assert [spans[pair.label][2] for pair in pairs] == [{"5", "6"}, {"5", "7"}, {"6", "7"}]
+    assert len(ended[pairs[0].label].beside) >= 2
+    assert spans[single.label][0] > min(spans[pair.label][1] for pair in pairs)
 
 
 def test_on_a_cpu_one_at_a_time(model, tmp_path):

@@ -51,6 +51,7 @@ CPU_PROCESSES = (2,)
 # Of the facts, those in which the calls of one folder may differ: each row has its date, and a driver is the machine's.
 OF_A_CALL = ("date", "command", "driver", "topology", "continued")
 PREFLIGHT_SECONDS = 300
+CASES_A_GPU = 3  # of a stage that times nothing: most of a case is its start, which leaves the GPU idle
 
 DESCRIPTION = """\
 Train model files on several GPUs of this host by the strategies of mhf fit, on made-up tokens, in processes of their
@@ -154,7 +155,8 @@ def run(args: argparse.Namespace, command: str) -> int:
             if not plans[stage]:
                 measure.say(f"{stage}: needs more than one GPU")
             for cases in left(plans[stage], results_of.done):
-                run_cases(cases, slots, threads, folder, args.timeout, results_of.add, results_of.begin)
+                share = CASES_A_GPU if stage == "parity" else 1
+                run_cases(cases, slots, threads, folder, args.timeout, results_of.add, results_of.begin, share)
         results_of.close()
     print(tables(output, []), flush=True)
     measure.say(

@@ -1,4 +1,4 @@
-"""Processes for cases: one for each rank, forked from a server that has imported everything, on disjoint GPUs.
+"""Processes for cases: one for each rank, forked from a server that has imported everything.
 
 A rank appends JSON lines to ``rankN.jsonl`` in the case's folder, so that what a killed one wrote is there; the last
 line of a rank that is through is ``{"done": ...}``, of one that failed ``{"error": ...}``. Its output is ``rankN.log``.
@@ -40,7 +40,7 @@ class Outcome:
         events: The lines of each rank.
         seconds: From the start of the processes to the end of the last.
         ended: When the end was seen, in seconds since the epoch.
-        beside: Labels of the cases that ran on other GPUs meanwhile.
+        beside: Labels of the cases that ran meanwhile, on other GPUs or, where they share, on these.
         log: The end of what the rank that failed has printed.
     """
 
@@ -80,6 +80,7 @@ def run_cases(
     timeout: float,
     on_end: Callable[[Case, Outcome], None],
     on_start: Callable[[Case], None],
+    share: int = 1,
 ) -> None:
     """Run cases, those of most GPUs first, side by side where there are GPUs for them; on the CPU one at a time.
 
@@ -93,26 +94,36 @@ def run_cases(
         timeout: Seconds for a case.
         on_end: Called with each case that has ended.
         on_start: Called with each case that begins.
+        share: Cases that a GPU may have at once; more than 1 where nothing is timed.
     """
-    waiting, free = sorted(cases, key=lambda case: -case.gpus), list(slots)
-    running: list[_Running] = []
+    waiting = sorted(cases, key=lambda case: -case.gpus)
+    rooms = {place: share for place in range(len(slots))}  # on each GPU, for further cases
+    running: list[tuple[_Running, list[int]]] = []
     try:
         while waiting or running:
-            while waiting and waiting[0].gpus <= len(free) and (free[0] or not running):  # CPU cores are shared
-                case = waiting.pop(0)
+            while waiting:
+                # The emptiest; of those, neighbours, which are closer where links differ.
+                places = sorted((place for place in rooms if rooms[place]), key=lambda place: (-rooms[place], place))
+                case, places = waiting[0], sorted(places[: waiting[0].gpus])
+                if len(places) < case.gpus or (running and not slots[0]):  # the cores of a CPU are shared
+                    break
+                waiting.pop(0)
                 on_start(case)
-                begun = _Running(case, [free.pop(0) for _ in range(case.gpus)], folder, threads)
-                for other in running:
+                begun = _Running(case, [slots[place] for place in places], folder, threads)
+                for other, _ in running:
                     other.beside.append(case.label)
                     begun.beside.append(other.case.label)
-                running.append(begun)
+                running.append((begun, places))
+                for place in places:
+                    rooms[place] -= 1
             time.sleep(POLL)
-            for over in [each for each in running if each.is_over(timeout)]:
-                running.remove(over)
-                free = sorted(free + over.slots, key=slots.index)  # neighbours are closer where links differ
+            for over, places in [each for each in running if each[0].is_over(timeout)]:
+                running.remove((over, places))
+                for place in places:
+                    rooms[place] += 1
                 on_end(over.case, over.end())
     finally:
-        for each in running:
+        for each, _ in running:
             each.kill()
 
 

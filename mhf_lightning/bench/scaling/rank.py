@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from mhf_lightning.bench.model import read_model
 from mhf_lightning.bench.scaling.cases import SEED, Case
 from mhf_lightning.bench.scaling.processes import Lines
+from mhf_lightning.callbacks.preemption import drop_sigterm_broadcast
 from mhf_lightning.callbacks.throughput import DEVICES
 from mhf_lightning.checkpoint import find_newest_valid
 from mhf_lightning.checkpoint.shards import SaveOptions
@@ -171,6 +172,7 @@ class Meter(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Say that everything is loaded."""
+        drop_sigterm_broadcast(trainer)  # as in `mhf fit`
         self._last_step = trainer.global_step
         self._first_step = trainer.global_step
         strategy: Any = trainer.strategy
