@@ -97,7 +97,7 @@ def run_cases(
         share: Cases that a GPU may have at once; more than 1 where nothing is timed.
     """
     waiting = sorted(cases, key=lambda case: -case.gpus)
-    rooms = {place: share for place in range(len(slots))}  # on each GPU, for further cases
+    rooms = dict.fromkeys(range(len(slots)), share)  # on each GPU, for further cases
     running: list[tuple[_Running, list[int]]] = []
     try:
         while waiting or running:
