@@ -28,6 +28,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mhf_lightning.callbacks import MonitorConfig
 from mhf_lightning.callbacks.checkpoint import CheckpointConfig, StepCheckpoint
+from mhf_lightning.callbacks.garbage import FrozenGarbage
 from mhf_lightning.callbacks.heartbeat import Heartbeat
 from mhf_lightning.callbacks.history import History
 from mhf_lightning.callbacks.layout import Layout
@@ -160,7 +161,7 @@ class MHFCLI(LightningCLI):
             callbacks.append(progress_bar())
         if self.subcommand == "fit":
             is_trial = bool(config.get("fast_dev_run"))  # of a few steps; it leaves the run folder as it is
-            callbacks.append(RunSummary(self.run_dir, self._get(self.config_init, "sample_prompt")))
+            callbacks += [FrozenGarbage(), RunSummary(self.run_dir, self._get(self.config_init, "sample_prompt"))]
             if not is_trial:
                 text = self._text_of_config()
                 callbacks += [ResolvedConfig(self.run_dir, text), RunText(text), History(self.run_dir)]

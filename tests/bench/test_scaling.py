@@ -401,9 +401,8 @@ def outcome_of(curve: dict[int, tuple[float, float]]) -> Outcome:
     events = [
         {"step": step, "at": float(step), "loss": loss, "grad_norm": norm} for step, (loss, norm) in curve.items()
     ]
-    done = {
-        "done": {"num_layers": 2, "parameters": 10, "window_s": 2.0, "steps": 4, "peak_flops": 1e3, "peak_bytes": 2**30}
-    }
+    done = {"num_layers": 2, "parameters": 10, "durations_s": [0.5, 0.3, 0.8, 0.4]}
+    done = {"done": done | {"peak_flops": 1e3, "peak_bytes": 2**30}}
     return Outcome("ok", [[*events, done]], 1.0, 1.0)
 
 
@@ -437,8 +436,32 @@ def test_efficiency_and_mfu_of_known_times(model):
     expected = {"tokens_per_s": 256.0, "tokens_per_s_per_gpu": 128.0, "efficiency": 0.8, "mfu": 0.256, "step_ms": 500.0}
     assert {name: row[name] for name in expected} == pytest.approx(expected)
     assert {name: row[name] for name in ("peak_gib", "reserved_gib", "start_s", "slowest_step_ms")} == pytest.approx(
-        {"peak_gib": 1.0, "reserved_gib": 2.0, "start_s": 1.0, "slowest_step_ms": 1000.0}
+        {"peak_gib": 1.0, "reserved_gib": 2.0, "start_s": 1.0, "slowest_step_ms": 800.0}
     )
+
+
+def test_the_newest_checkpoint_is_measured_also_when_disks_are_slow(model, tmp_path):
+    """Of two saves in the background the second had to wait for the first, from step 11 to step 30."""
+    ((killed,), (goes_on,)) = cases.checkpoint(sizes(model))
+    assert [step for step, _ in killed.save_at] == [8, 11, 14]
+    steps = [
+        {"step": step, "at": float(step), "time": float(step), "loss": 2.0, "grad_norm": 1.0} for step in range(1, 50)
+    ]
+    saves = [(8, 1.0, 9.0), (11, 0.5, 29.0), (30, 0.25, 40.0)]
+    events = [{"saved": step, "stall_s": stall, "time": step + stall} for step, stall, _ in saves]
+    events += [{"committed": step, "time": on_disk} for step, _, on_disk in saves]
+    died = Outcome("failed: rank 1 died (signal 9)", [[*steps, *events], [{"killed": 43, "time": 43.0}]], 44.0, 43.5)
+    again = [{"started": True, "time": 45.0}, {"training": 30, "time": 46.0}]
+    again += [step | {"at": 20.0 + step["at"]} for step in steps[30:33]]
+    resumed = Outcome("ok", [[*again, {"done": {"parameters": 10}}]], 8.0, 52.0)
+    (tmp_path / "step-30/rank0").mkdir(parents=True)
+    (tmp_path / "step-30/rank0/shard").write_bytes(bytes(2**20))
+    row = results.checkpoint_row((killed, died), resumed, tmp_path)
+    assert row["status"] == "ok"
+    expected = {"checkpoint_gib": 2**-10, "gib_per_s": 2**-10, "stall_s": 1.0, "background_stall_s": 0.5}
+    expected |= {"later_background_stall_s": 0.25, "background_s": 18.0, "saved_step": 30, "recovery_s": 8.0}
+    assert {name: row[name] for name in expected} == pytest.approx(expected)
+    assert goes_on.stop_after == 3
 
 
 def test_the_cases_of_eight_gpus(model):

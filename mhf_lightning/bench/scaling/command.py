@@ -301,7 +301,7 @@ class Results:
             return None
         assert self._killed is not None
         folder = case_folder(self.scratch, self._killed[0].label) / "checkpoints"
-        row = results.checkpoint_row(self._killed, outcome, folder / f"step-{max(self._killed[0].save_at)[0]}")
+        row = results.checkpoint_row(self._killed, outcome, folder)
         shutil.rmtree(folder, ignore_errors=True)  # those of a large model fill the disk
         self._write("checkpoint", row)
         return row

@@ -6,9 +6,11 @@ line of a rank that is through is ``{"done": ...}``, of one that failed ``{"erro
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import sys
@@ -133,10 +135,14 @@ def case_folder(folder: Path, label: str) -> Path:
 
 
 def free_port() -> str:
-    """Return a port of this host on which nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+    """Return a port of this host on which nobody listens.
+
+    Not one that the system gives to connections (32768 and above), which may take it before the rank that is to.
+    """
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", random.randrange(15_000, 30_000)))
+            return str(probe.getsockname()[1])
 
 
 class _Running:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 import signal
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from mhf_lightning.bench.model import read_model
 from mhf_lightning.bench.scaling.cases import SEED, Case
 from mhf_lightning.bench.scaling.processes import Lines
+from mhf_lightning.callbacks.garbage import FrozenGarbage
 from mhf_lightning.callbacks.preemption import drop_sigterm_broadcast
 from mhf_lightning.callbacks.throughput import DEVICES
 from mhf_lightning.checkpoint import find_newest_valid
@@ -56,8 +58,9 @@ def train(order: dict[str, Any], lines: Lines) -> dict[str, Any]:
     with device:  # drawing 1.3B weights on a few cores takes longer than the steps
         module = PretrainModule(
             config,
+            # A small rate: near the largest that a model bears, a step multiplies the rounding of the one before.
             # With an epsilon near zero, Adam turns the rounding of gradients near zero into steps of full size.
-            OptimizerConfig(eps=1e-5),
+            OptimizerConfig(lr=1.5e-4, eps=1e-5),
             ScheduleConfig(warmup_steps=min(10, case.steps)),
             compile_blocks=case.compiled,
         )
@@ -70,7 +73,7 @@ def train(order: dict[str, Any], lines: Lines) -> dict[str, Any]:
         precision=case.precision,  # type: ignore[arg-type] # a string of a row
         max_steps=case.steps,
         accumulate_grad_batches=case.accumulate,
-        callbacks=[meter],
+        callbacks=[FrozenGarbage(), meter],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -83,7 +86,7 @@ def train(order: dict[str, Any], lines: Lines) -> dict[str, Any]:
         if resume is None or skipped:
             raise RuntimeError(f"{case.resume} left no whole checkpoint: {'; '.join(skipped) or 'none at all'}")
     trainer.fit(module, SyntheticTokens(config.vocab_size, case.length, case.micro_batch), ckpt_path=resume)
-    result: dict[str, Any] = {"window_s": meter.window_s, "steps": meter.measured}
+    result: dict[str, Any] = {"durations_s": meter.durations_s()}
     result |= {"parameters": parameters, "num_layers": config.num_layers}
     if on_gpu:
         name = torch.cuda.get_device_name(device)
@@ -164,8 +167,7 @@ class Meter(Checkpoint):
 
     def __init__(self, case: Case, folder: Path, lines: Lines) -> None:
         self.case, self.folder, self.lines = case, folder, lines
-        self.window_s, self.measured = 0.0, 0
-        self._window_begins = 0.0
+        self._marks: list[Any] = []  # when each measured step ended, after when the first began
         self._kept: list[dict[str, Any]] = []  # steps that are not written yet
         self._due = list(case.save_at)
         self._saved = self._committed = 0  # steps of the last save that was begun, and of that which is on disk
@@ -193,11 +195,10 @@ class Meter(Checkpoint):
             _wait(trainer)
             if trainer.strategy.root_device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            self._window_begins = time.perf_counter()
-        elif step == self.case.steps:
+        if step >= self._first_step + self.case.warmup:
+            self._mark(trainer)
+        if step == self.case.steps:
             _wait(trainer)
-            self.window_s = time.perf_counter() - self._window_begins
-            self.measured = step - self._first_step - self.case.warmup
         norm = trainer.callback_metrics["train/grad_norm"]
         self._kept.append({"step": step, "at": time.time(), "loss": pl_module.step_loss, "grad_norm": norm})
         # Reading a loss waits for the device. A training that will be killed has to write its losses before.
@@ -210,6 +211,22 @@ class Meter(Checkpoint):
         if self.case.stop_after is not None and step == self._first_step + self.case.stop_after:
             self._write()
             trainer.should_stop = True
+
+    def _mark(self, trainer: Trainer) -> None:
+        """Take the time at which the device is done with what was queued: the host runs ahead of it."""
+        if trainer.strategy.root_device.type == "cuda":
+            mark = torch.cuda.Event(enable_timing=True)
+            mark.record()
+            self._marks.append(mark)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def durations_s(self) -> list[float]:
+        """Return the time of each measured step, in seconds; the device has ended all of them."""
+        pairs = itertools.pairwise(self._marks)
+        if self._marks and not isinstance(self._marks[0], float):
+            return [sooner.elapsed_time(later) / 1e3 for sooner, later in pairs]
+        return [later - sooner for sooner, later in pairs]
 
     def _write(self) -> None:
         for values in self._kept:

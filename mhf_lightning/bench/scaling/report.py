@@ -19,7 +19,7 @@ AIMS = {("ddp", 8): 0.95, ("fsdp2", 8): 0.92}  # of the efficiency
 PANELS = {"tokens_per_s": "tokens/s", "efficiency": "efficiency", "peak_gib": "peak memory of a rank (GiB)"}
 
 SCALING_HEADINGS = {
-    **{"strategy": "strategy", "gpus": "GPUs", "batch": "batch", "step_ms": "step ms"},
+    **{"strategy": "strategy", "gpus": "GPUs", "batch": "batch", "step_ms": "step ms", "slowest_step_ms": "slowest"},
     **{"tokens_per_s_per_gpu": "tokens/s per GPU", "tokens_per_s": "tokens/s", "efficiency_share": "efficiency"},
     **{"aim_share": "aim", "mfu_share": "MFU"},
     **{"peak_gib": "peak GiB", "lowest_peak_gib": "lowest rank's", "start_s": "start s"},

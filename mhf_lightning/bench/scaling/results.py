@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 from pathlib import Path
@@ -71,13 +70,11 @@ def scaling_row(case: Case, outcome: Outcome, flops_per_token: float, baseline: 
     if outcome.status != "ok":
         return row
     done = outcome.done()
-    window = max(rank["window_s"] for rank in done)
-    steps = done[0]["steps"]
-    rate = steps * case.global_batch * case.length / window
-    row |= {name: done[0][name] for name in ("num_layers", "parameters", "steps")}
-    row |= {"tokens_per_s": rate, "tokens_per_s_per_gpu": rate / case.gpus, "step_ms": 1e3 * window / steps}
-    at = [[event["at"] for event in events if "step" in event][case.warmup - 1 :] for events in outcome.events]
-    row["slowest_step_ms"] = 1e3 * max(later - sooner for times in at for sooner, later in itertools.pairwise(times))
+    durations = max((rank["durations_s"] for rank in done), key=sum)
+    rate = len(durations) * case.global_batch * case.length / sum(durations)
+    row |= {name: done[0][name] for name in ("num_layers", "parameters")}
+    row |= {"steps": len(durations), "tokens_per_s": rate, "tokens_per_s_per_gpu": rate / case.gpus}
+    row |= {"step_ms": 1e3 * statistics.mean(durations), "slowest_step_ms": 1e3 * max(durations)}
     row["start_s"] = max(_time(events, "step") - _time(events, "started") for events in outcome.events)
     if (case.strategy, case.gpus) == ("single", 1):
         row["efficiency"] = 1.0
@@ -150,13 +147,13 @@ def deaths(outcome: Outcome) -> list[dict[str, Any]]:
     return [event for events in outcome.events for event in events if "killed" in event]
 
 
-def checkpoint_row(killed: tuple[Case, Outcome], resumed: Outcome, folder: Path) -> Row:
+def checkpoint_row(killed: tuple[Case, Outcome], resumed: Outcome, checkpoints: Path) -> Row:
     """Return the row of a training that saved, was killed, and went on.
 
     Args:
         killed: The case that saved, and what came of it.
         resumed: What came of the one that continued it.
-        folder: The newest checkpoint's.
+        checkpoints: The folder of those that the case has saved.
     """
     case, outcome = killed
     row = identity(case) | {"status": outcome.status}
@@ -168,7 +165,8 @@ def checkpoint_row(killed: tuple[Case, Outcome], resumed: Outcome, folder: Path)
         saves.setdefault(event["saved"], []).append(event)
     at_once, *in_background = [max(saves[step], key=lambda event: event["stall_s"]) for step in sorted(saves)]
     first = in_background[0]
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / GIB
+    newest = checkpoints / f"step-{max(saves)}"
+    size = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file()) / GIB
     committed = max(e["time"] for events in outcome.events for e in events if e.get("committed") == first["saved"])
     at = {event["step"]: event["at"] for event in outcome.events[0] if "step" in event}
     durations = {step: at[step] - at[step - 1] for step in at if step - 1 in at}
