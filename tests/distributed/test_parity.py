@@ -63,6 +63,7 @@ BF16 = {
         ("zero3", "bf16-mixed"),
     )
 }
+BF16["zero3 seeds differ"] = {"strategy": "zero3", "precision": "bf16-mixed", "seed_differs": True}
 REFUSED = {
     "tp over one K/V head": ({"strategy": "tp", "num_kv_heads": 1}, "it must divide num_kv_heads 1"),
     "compiled zero3": ({"strategy": "zero3", "module": {"compile_blocks": True}}, "turn it off"),
@@ -200,6 +201,13 @@ def test_variants_agree(name, single, two):
 @pytest.mark.parametrize("name", parameters(BF16))
 def test_bfloat16_is_close_to_float32(name, single, two):
     check(two, name, single[name], 5e-3)
+
+
+@pytest.mark.parametrize("name", parameters(("zero2 bf16-mixed", "zero3 bf16-mixed", "zero3 seeds differ")))
+def test_zero_begins_with_the_weights_in_float32(name, single, two):
+    """With weights rounded to bfloat16 no step of a warm-up is seen that is smaller than the rounding."""
+    for rank in two:
+        assert rank[name]["exact_weights"] == single[name]["exact_weights"]
 
 
 @pytest.mark.parametrize("name", ["fsdp2 bf16-mixed", "fsdp2 bf16-true"])

@@ -87,6 +87,17 @@ class Record(Callback):
         self.reduce_scatters: list[int] = []
         self.gradients: list[int] = []
         self.barriers: list[int] = []
+        self.exact_weights: list[float] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Keep what the optimiser begins with: DeepSpeed has it apart from the module's weights."""
+        if isinstance(trainer.strategy, MHFDeepSpeed):
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            exact = [safe_get_full_fp32_param(p) for p in pl_module.decoder.parameters()]
+            self.exact_weights = [] if exact[0] is None else [bits(weight) for weight in exact]
+        else:
+            self.exact_weights = [bits(p) for p in pl_module.decoder.parameters() if not isinstance(p, DTensor)]
 
     def on_after_backward(self, trainer: Trainer, pl_module: Any) -> None:
         if isinstance(trainer.strategy, MHFDDP):
@@ -241,6 +252,7 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
     result |= {"skipped_steps": module.skipped_steps, "reduced_types": sorted(reduced_types)}
     if "poison" in case:
         result["changed"] = module.changed
+    result["exact_weights"] = record.exact_weights
     whole = [p for p in module.decoder.parameters() if not isinstance(p, DTensor) or p.device_mesh.ndim == 1]
     result["whole_weights"] = [bits(p.full_tensor() if isinstance(p, DTensor) else p) for p in whole]
     return result
