@@ -27,6 +27,7 @@ from mhf_lightning.bench.scaling import results
 from mhf_lightning.bench.scaling.cases import (
     CASES,
     DEEPSPEED,
+    LEARNING_RATE,
     SEED,
     STAGES,
     STRATEGIES,
@@ -139,7 +140,7 @@ def run(args: argparse.Namespace, command: str) -> int:
     models = {model: read_model(Path(model)) for model in sizes.models}
     output = args.output or Path(f"runs/bench-scaling-{datetime.datetime.now():%Y%m%d-%H%M%S}")
     common = {name: value for name, value in vars(sizes).items() if name not in ("models", "strategies")}
-    facts = {"command": command, "seed": SEED, **common, **environment(gpus)}
+    facts = {"command": command, "seed": SEED, "lr": LEARNING_RATE, **common, **environment(gpus)}
     prepare(output, facts)
     print("\n".join(f"{name}: {value}" for name, value in facts.items()) + "\n", flush=True)
 

@@ -58,9 +58,8 @@ def train(order: dict[str, Any], lines: Lines) -> dict[str, Any]:
     with device:  # drawing 1.3B weights on a few cores takes longer than the steps
         module = PretrainModule(
             config,
-            # A small rate: near the largest that a model bears, a step multiplies the rounding of the one before.
             # With an epsilon near zero, Adam turns the rounding of gradients near zero into steps of full size.
-            OptimizerConfig(lr=1.5e-4, eps=1e-5),
+            OptimizerConfig(lr=case.lr, eps=1e-5),
             ScheduleConfig(warmup_steps=min(10, case.steps)),
             compile_blocks=case.compiled,
         )
