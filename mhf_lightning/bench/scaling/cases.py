@@ -12,8 +12,8 @@ SHARDED = ("single", "ddp", "fsdp2", "fsdp2_tp")  # they read each other's check
 STAGES = ("preflight", "weak", "parity", "checkpoint", "fixed")
 TENSOR_PARALLEL = 2
 SEED = 1234  # of the weights, and of the tokens and their order
-# Peak. Small: near the largest that a model bears, each step multiplies the rounding of the one before, and in bfloat16 the
-# gradient norms of 50 steps differ by tens of per cent where nothing is wrong.
+# Peak. Small: near the largest that a model bears, each step multiplies the rounding of the one before, and in bfloat16
+# the gradient norms of 50 steps differ by tens of per cent where nothing is wrong.
 LEARNING_RATE = 5e-5
 WARMUP = 5
 PARITY_STEPS, PARITY_LAYERS = 50, 4
