@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from mhf_lightning.checkpoint.strategy import DeepSpeedCheckpoints, ShardedCheckpoints
 
-BUCKET_MIB = 100  # with torch's 25 NCCL takes its slower protocol: 370M on 2 H200s, 95.7% and 96.5% of one GPU's speed
+BUCKET_MIB = 100  # of torch's 25, NCCL reduces each at half its bandwidth (RING_LL, on two H200s)
 
 
 class MHFDDP(ShardedCheckpoints, DDPStrategy):

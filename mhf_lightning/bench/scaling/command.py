@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -377,6 +378,7 @@ def _version(package: str) -> str:
 
 def _output_of(*command: str) -> str:
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+        text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+        return re.sub(r"\x1b\[[0-9;]*m", "", text)  # nvidia-smi underlines headings, also in a file
     except (OSError, subprocess.SubprocessError):
         return f"unknown ({command[0]} did not say)"
