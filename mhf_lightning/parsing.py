@@ -19,8 +19,18 @@ IMPORTABLE = ("mhf_lightning", "lightning.pytorch", "torch.optim")
 class SuggestingParser(ArgumentParser):
     """jsonargparse's parser, in which a mistyped key is never taken for another one, and its nearest is named."""
 
+    _config_file: Any = None  # that is being read
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Parse a config file; of several, what is wrong names the one."""
+        self._config_file = path
+        try:
+            return super().parse_path(path, *args, **kwargs)
+        finally:
+            self._config_file = None
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Report an error, with the nearest option where one is unknown, and exit with code 2."""
@@ -33,6 +43,10 @@ class SuggestingParser(ArgumentParser):
                 f"a config names {denied[1]}, which is under none of the packages that configs may import from "
                 f"({', '.join(IMPORTABLE)}). If you trust it, add --allow-import {denied[1].rpartition('.')[0]}"
             )
+        if message.startswith("Unexpected config: "):
+            message = "is empty, or no mapping of options to values"
+        if self._config_file is not None:
+            message = f"{self._config_file}: {message}"
         super().error(message, ex)
 
     def _known_options(self) -> list[str]:

@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from mhf_lightning.checkpoint.files import CheckpointError, FileEntry, fsync_folder, read_json, write_file, write_json
+from mhf_lightning.cores import usable_cores
 from mhf_lightning.data.manifest import sha256_of
 
 FORMAT_VERSION = 1
@@ -103,7 +104,7 @@ def verify(folder: str | Path) -> Manifest:
             raise CheckpointError(f"{path} is damaged: {status.st_size} bytes, {entry.bytes} were written")
         seen += [entry.sha256, status.st_ino, status.st_mtime_ns]
     if _verified.get(folder) != tuple(seen):
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        with ThreadPoolExecutor(usable_cores()) as pool:
             hashes = pool.map(sha256_of, [folder / entry.name for entry in manifest.files])
             for entry, found in zip(manifest.files, hashes, strict=True):
                 if found != entry.sha256:

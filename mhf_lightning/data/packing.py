@@ -40,10 +40,8 @@ class LengthCounter:
         lengths = sorted(self._counts)
         documents = sum(self._counts.values())
         below = np.cumsum([self._counts[length] for length in lengths])
-        quantiles = {
-            str(percent): lengths[int(np.searchsorted(below, math.ceil(documents * percent / 100)))]
-            for percent in _QUANTILES
-        }
+        places = {percent: np.searchsorted(below, math.ceil(documents * percent / 100)) for percent in _QUANTILES}
+        quantiles = {str(percent): max(self._min, lengths[int(place)]) for percent, place in places.items()}
         histogram: Counter[int] = Counter()
         for length in lengths:
             histogram[1 << (length.bit_length() - 1)] += self._counts[length]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import secrets
 import shutil
 from collections import deque
@@ -24,6 +23,7 @@ from typing import TypeVar
 import numpy as np
 from tokenizers import Tokenizer
 
+from mhf_lightning.cores import usable_cores
 from mhf_lightning.data.encoding import encode_in_order
 from mhf_lightning.data.errors import DataError
 from mhf_lightning.data.manifest import FORMAT_VERSION, MANIFEST, SPLITS, TOKENIZER, FileEntry, Manifest, check_file
@@ -312,11 +312,6 @@ def _second_pass(
     if scan.content != expected.content:
         raise DataError("the inputs changed while they were read. Start again when nothing writes to them.")
     return largest
-
-
-def usable_cores() -> int:
-    """Return the number of cores this process may use: SLURM and containers grant fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check_writable(target: Path) -> None:

@@ -19,9 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
+from mhf_lightning.cores import usable_cores
 from mhf_lightning.data.errors import DataError
 from mhf_lightning.data.manifest import MANIFEST, SPLITS, Manifest
-from mhf_lightning.data.prepare import prepare, usable_cores
+from mhf_lightning.data.prepare import prepare
 from mhf_lightning.data.progress import say
 from mhf_lightning.data.tokenizer import train_tokenizer
 

@@ -380,3 +380,10 @@ def test_length_statistics_of_long_documents():
     expected = np.bincount(np.log2(lengths).astype(int))
     assert stats.histogram == {str(1 << bit): count for bit, count in enumerate(expected.tolist()) if count}
     assert json.dumps(stats.quantiles)
+
+
+def test_no_quantile_lies_below_the_shortest_document():
+    counter = LengthCounter()
+    counter.add(5001)
+    stats = counter.stats()
+    assert set(stats.quantiles.values()) == {5001}

@@ -209,6 +209,25 @@ def test_an_unknown_key_names_the_nearest(tmp_path):
     assert "did you mean 'model.optimizer.weight_decay'?" in printed
 
 
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("", "is empty, or no mapping"),
+        ("- a\n", "is empty, or no mapping"),
+        ("model: [oops\n", "Problems parsing config"),
+    ],
+)
+def test_of_several_configs_the_wrong_one_is_named(text, hint, tmp_path):
+    (tmp_path / "wrong.yaml").write_text(text)
+    good = tmp_path / "good.yaml"
+    good.write_text("model:\n  z_loss: 0.0\n")
+    configs = ["--config", str(good), "--config", str(tmp_path / "wrong.yaml"), "--config", str(good)]
+    printed = mhf("fit", *SMALL, "--data.path", "x", "--data.micro_batch_size", "4", *configs, code=2)
+    assert "wrong.yaml: " in printed
+    assert hint in printed
+    assert "good.yaml" not in printed
+
+
 def test_interpolation_follows_a_later_flag(corpus, tmp_path):
     """The reason for the parser mode omegaconf+: a flag that changes a target changes what refers to it."""
     (tmp_path / "c.yaml").write_text('checkpoint:\n  every_n_steps: 7\n  keep: "${.every_n_steps}"\n')

@@ -25,6 +25,7 @@ from typing import Any
 
 from mhf_lightning.bench.measure import OutOfMemoryError, out_of_memory
 from mhf_lightning.bench.scaling.cases import Case
+from mhf_lightning.cores import usable_cores
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["mhf_lightning.bench.scaling.rank"])  # which starts no CUDA; DeepSpeed would
@@ -65,7 +66,7 @@ def start_server(slots: list[str], inductor_cache: Path) -> int:
         slots: As for `run_cases`.
         inductor_cache: Where ranks share what they compile, unless the environment names another folder.
     """
-    threads = max(1, (os.cpu_count() or 1) // len(slots))
+    threads = max(1, usable_cores() // len(slots))
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(inductor_cache))
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the name of a host without network may lead nowhere
