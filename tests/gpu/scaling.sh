@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Everything that needs several GPUs of one host. Usage: tests/gpu/scaling.sh OUT [STAGE ...]   (a folder a stage in OUT)
-# On the right: what to expect on 4 GPUs, estimated from 22 to 40 s a case on 2 H100s.
-#   preflight   all-reduce bandwidth of each pair of GPUs, and of all of them                                30-60 s
-#   weak        370M, FlashMHF and SwiGLU, every strategy, the same work for each GPU                      350-640 s
+# On the right: the time on 4 H200s; of fixed and others estimated.
+#   preflight   all-reduce bandwidth of each pair of GPUs, and of all of them                                   25 s
+#   weak        370M, FlashMHF and SwiGLU, every strategy, the same work for each GPU                          410 s
 #   parity      the widths of 370M with 4 blocks: losses and gradient norms of 50 steps; saved on N GPUs,
-#               continued on M                                                                             390-660 s
-#   large       1.3B, FlashMHF and SwiGLU, FSDP2, the same work for each GPU                               160-240 s
-#   checkpoint  1.3B, FlashMHF, FSDP2: saves, and a rank that is killed                                    120-200 s
+#               continued on M                                                                                 260 s
+#   large       1.3B, FlashMHF and SwiGLU, FSDP2, the same work for each GPU                                   125 s
+#   checkpoint  1.3B, FlashMHF, FSDP2: saves, and a rank that is killed                                        125 s
 #   fixed       370M, DDP and FSDP2, 64 sequences a step                                                   170-280 s
 #   others      as large, by DDP, ZeRO-2, ZeRO-3 and FSDP2 x TP; in large's folder, with its rows of one GPU
 #               where it has them                                                                          480-720 s

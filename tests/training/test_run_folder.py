@@ -226,7 +226,9 @@ def test_a_configuration_that_cannot_be_written_is_named_and_not_left(tmp_path):
 @pytest.mark.slow
 def test_a_resume_that_is_refused_leaves_the_run_as_it_was(corpus, tmp_path):
     run_dir = tmp_path / "run"
-    mhf("fit", *arguments(corpus, run_dir, "--trainer.max_steps", "2"))
+    assert "Nothing was left" not in mhf("fit", *arguments(corpus, run_dir, "--trainer.max_steps", "2"))
+    printed = mhf("fit", *arguments(corpus, run_dir, "--trainer.max_steps", "2", "--ckpt_path", "auto"))
+    assert "Nothing was left to train: 2 of 2 steps are done. To go on, raise trainer.max_steps." in printed
     (run_dir / "lock").write_text("")
     before = {path: data for path, data in contents(run_dir).items() if path.parent.name != "tensorboard"}
     resume = ["--trainer.max_steps", "4", "--ckpt_path", "auto"]
