@@ -26,8 +26,8 @@ def main(args: list[str]) -> int:
         description="Show one line per run at or below a folder. It reads the run folders alone.",
         epilog=f"States: running; completed; preempted (saved, to be resumed); stopped (in good order, before the last "
         f"step); failed (an error); lost (no word of an end, and nothing written for {SILENT_SECONDS / 60:.0f} "
-        "minutes). Each number is the last written down: loss and tokens/s of a step up to 30 seconds before, "
-        "perplexity of the last validation. Goodput: share of the time since the first start in which the run got ahead for good.",
+        "minutes). Each number is the last written down: loss and tokens/s of a step up to 30 s before, perplexity "
+        "of the last validation. Goodput: share of the time since the first start in which the run got ahead for good.",
         allow_abbrev=False,
     )
     parser.add_argument("dir", metavar="DIR", nargs="?", type=Path, default=Path("runs"), help="Default: runs.")
