@@ -65,8 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(args)
     except (ValueError, OSError) as error:
-        measure.say(f"error: {error}")
-        return 2
+        return measure.refuse(error)
     except KeyboardInterrupt:
         measure.say("interrupted; generate.csv holds what was measured")
         return 130

@@ -88,8 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         seconds = QUICK_SECONDS if args.quick else SECONDS
         return run(_points(args), peers, args.dtype, seconds, output, in_block=args.in_block)
     except (ValueError, OSError, ImportError) as error:
-        measure.say(f"error: {error}")
-        return 2
+        return measure.refuse(error)
     except KeyboardInterrupt:
         measure.say("interrupted; the CSV files hold what was measured")
         return 130

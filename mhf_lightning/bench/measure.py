@@ -273,6 +273,17 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
+def refuse(error: Exception) -> int:
+    """Say what is wrong, and return the exit code of wrong use."""
+    text = str(error)
+    if isinstance(error, OSError) and error.filename is not None:  # the system's; ours say it themselves
+        is_there = isinstance(error, FileExistsError)
+        why = "it is there already, and nothing is overwritten; move it away" if is_there else error.strerror
+        text = f"{error.filename}: {why}"
+    say(f"error: {text}")
+    return 2
+
+
 def environment(dtype: torch.dtype, stopwatch: Stopwatch) -> dict[str, str]:
     """Return what the figures depend on: device, driver, versions, and clocks and power while GEMMs run."""
     device = stopwatch.device

@@ -120,8 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         return run(args)
     except (ValueError, OSError, ImportError) as error:
-        measure.say(f"error: {error}")
-        return 2
+        return measure.refuse(error)
     except KeyboardInterrupt:
         measure.say("interrupted; model.csv holds what was measured")
         return 130
@@ -137,7 +136,7 @@ def read_model(path: Path) -> DecoderConfig:
         values: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
         return DecoderConfig.from_dict(values["model"]["decoder"])
     except (OSError, OmegaConfBaseException, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"{path} is no model file (see configs/model and configs/paper): {reason}") from error
 
 

@@ -115,8 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         return run(args, shlex.join(["mhf", "bench", "scaling", *argv]))
     except (ValueError, OSError, ImportError) as error:
-        measure.say(f"error: {error}")
-        return 2
+        return measure.refuse(error)
     except KeyboardInterrupt:
         measure.say("interrupted; the CSV files hold what was measured")
         return 130
