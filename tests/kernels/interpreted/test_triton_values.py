@@ -63,7 +63,9 @@ def check(inputs, tolerance=3e-6, grad=None):
     grad = torch.randn(inputs[0].shape).to(inputs[0].dtype) if grad is None else grad
     exact = values(flash_mhf_reference, [x.double() for x in inputs], grad)
     for name, ours, truth in zip(NAMES, values(flash_mhf, inputs, grad), exact, strict=True):
-        error = (ours.double() - truth).norm() / truth.norm()
+        # A gate's gradient is a sum of d_h products of the order of 1 and of either sign: one may be next to nothing.
+        size = max(truth.norm().item(), truth.numel() ** 0.5 if name == "r" else 0.0)
+        error = (ours.double() - truth).norm() / size
         assert error < tolerance, f"{name}: {error:.1e}"
 
 
