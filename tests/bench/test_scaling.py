@@ -53,7 +53,10 @@ def run(tmp_path: Path, *several: cases.Case, slots=("", ""), timeout: float = 1
     ended: dict[str, Outcome] = {}
     slots = list(slots)
     threads = start_server(slots, tmp_path / "inductor")
-    on_end = lambda case, end: ended.update({case.label: end})  # noqa: E731
+
+    def on_end(case: cases.Case, end: Outcome) -> None:
+        ended[case.label] = end
+
     run_cases(several, slots, threads, tmp_path, timeout, on_end, lambda case: None, share)
     return {case.label: ended[case.label] for case in several}
 
