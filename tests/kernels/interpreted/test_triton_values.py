@@ -70,9 +70,7 @@ def check(inputs, tolerance=3e-6, grad=None):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_the_formula(shape):
     inputs, grad = make(shape), None
-    if (
-        inputs[-1].numel() == 1
-    ):  # the gate's gradient is one sum, of which nothing may be left if its terms differ in sign
+    if inputs[-1].numel() == 1:  # the gate's gradient is one sum: of terms of either sign next to nothing may be left
         o = flash_mhf_reference(*inputs)
         grad = torch.randn(o.shape).abs() * o.sign()
     check(inputs, grad=grad)
