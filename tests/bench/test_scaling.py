@@ -497,7 +497,17 @@ def test_the_cases_of_eight_gpus(model):
     }
     with pytest.raises(ValueError, match="change it or --micro_batch"):
         cases.fixed(replace(eight, global_batch=12))
-    assert cases.parity(replace(eight, processes=(1,))) == []
+
+
+def test_parity_on_one_gpu_is_that_of_the_strategies(model):
+    one = sizes(model, *cases.STRATEGIES, processes=(1,))
+    alone, together, continued = cases.parity(one)
+    assert [(case.strategy, case.gpus) for case in alone] == [("single", 1)]
+    assert [(case.strategy, case.gpus) for case in together] == [("fsdp2", 1), ("zero2", 1), ("zero3", 1)]
+    assert [(case.strategy, case.continues) for case in continued] == [
+        ("fsdp2", "single on 1"),
+        ("single", "fsdp2 on 1"),
+    ]
 
 
 def test_what_is_left(model):

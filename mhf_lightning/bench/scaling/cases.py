@@ -192,11 +192,10 @@ def _ways(sizes: Sizes) -> Iterable[tuple[str, int]]:
 def parity(sizes: Sizes) -> list[list[Case]]:
     """Steps of the same global batch on one GPU, then on all of them; then what was saved on N, continued on M.
 
-    N and M are one and all; by FSDP2 also all and fewer, the most of `processes` that divide all.
+    N and M are one and all; by FSDP2 also all and fewer, the most of `processes` that divide all. Where all are one,
+    what is left is the arithmetic of the strategies.
     """
     gpus = max(sizes.processes)
-    if gpus == 1:
-        return []
     fewer = max((n for n in sizes.processes if 1 < n < gpus and gpus % n == 0), default=0)
     one, every, some = ("single", 1), ("fsdp2", gpus), ("fsdp2", fewer)
     alone, together, continued = [], [], []
@@ -213,7 +212,7 @@ def parity(sizes: Sizes) -> list[list[Case]]:
         }
         alone.append(cases[one])
         together += [case for way, case in cases.items() if way != one]
-        pairs = [(one, way) for way in cases if way[0] in SHARDED and way[1] == gpus]
+        pairs = [(one, way) for way in cases if way != one and way[0] in SHARDED and way[1] == gpus]
         continued += [
             replace(cases[way], save_at=(), resume=cases[saved].label)
             for saved, way in [*pairs, (every, one), (every, some), (some, every)]

@@ -153,8 +153,6 @@ def run(args: argparse.Namespace, command: str) -> int:
             if stage == "preflight":
                 ok &= preflight(slots, output / "preflight.json", folder)
                 continue
-            if not plans[stage]:
-                measure.say(f"{stage}: needs more than one GPU")
             for cases in left(plans[stage], results_of.done):
                 share = CASES_A_GPU if stage == "parity" else 1
                 run_cases(cases, slots, threads, folder, args.timeout, results_of.add, results_of.begin, share)
