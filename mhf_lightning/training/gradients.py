@@ -67,12 +67,19 @@ class ZeroGradients:
 
     def scale(self, factor: Tensor) -> None:
         """Let the optimiser divide by the inverse when it has cast its part to float32."""
+        self._let_zero2_look(False)
         self.optimizer.override_loss_scale(1.0 / factor.item())
 
     def drop(self) -> None:
-        """Make the norm NaN, on which both optimisers clear their buffers and leave the step out."""
+        """Make them NaN, on which both optimisers clear their buffers and leave the step out."""
+        self._let_zero2_look(True)
         for part in self.parts:
             part.fill_(float("nan"))
+
+    def _let_zero2_look(self, look: bool) -> None:
+        """Say whether ZeRO-2 looks at each gradient, for 16 ms of a 370M model's step. ZeRO-3 takes a norm always."""
+        if hasattr(self.optimizer, "check_grad_overflow"):
+            self.optimizer.check_grad_overflow = look
 
 
 def _local(grad: Any) -> Tensor:

@@ -32,6 +32,17 @@ class MHFDDP(ShardedCheckpoints, DDPStrategy):
             process_group_backend=process_group_backend, gradient_as_bucket_view=True, bucket_cap_mb=BUCKET_MIB
         )
 
+    def configure_ddp(self) -> None:
+        """Wrap the model.
+
+        Blocks are compiled one by one, so that their gradients come block by block anyhow. Dynamo would cut each in two
+        for the first bucket, and keep an activation more for the backward.
+        """
+        from torch import _dynamo
+
+        _dynamo.config.optimize_ddp = False
+        super().configure_ddp()
+
 
 class MHFFSDP2(ShardedCheckpoints, ModelParallelStrategy):
     """FSDP2: weights, gradients and optimiser state sharded over data-parallel ranks, block by block.
@@ -110,7 +121,7 @@ GENERATED_KEYS = {
 }
 # bfloat16 weights beside float32 ones in the optimiser; gradients are summed in float32.
 _BF16: dict[str, Any] = {
-    "bf16": {"enabled": True, "check_grad_overflow": True},
+    "bf16": {"enabled": True, "check_grad_overflow": False},  # the module has looked; see ZeroGradients
     "data_types": {"grad_accum_dtype": "fp32"},
     "communication_data_type": "fp32",
 }
@@ -148,7 +159,9 @@ class MHFDeepSpeed(DeepSpeedCheckpoints, DeepSpeedStrategy):
         offload = [f"zero_optimization.{key}" for key in zero if key.startswith("offload")]
         if offload:
             raise ValueError(f"DeepSpeed's config asks for {', '.join(offload)}, which is not supported; remove it")
-        config |= {"zero_optimization": {**zero, "stage": stage}, "zero_allow_untested_optimizer": True}
+        # ZeRO-2 need not take the norm again, tensor by tensor; ZeRO-3 knows no such key.
+        once = {"compute_grad_norm": False} if stage == 2 else {}
+        config |= {"zero_optimization": {**once, **zero, "stage": stage}, "zero_allow_untested_optimizer": True}
         super().__init__(config=config, process_group_backend=process_group_backend)
 
     def _format_config(self) -> None:

@@ -93,7 +93,14 @@ def test_copies_are_made_in_the_memory_of_the_last_ones():
     assert second.tensors["w"].tolist() == [1, 2, 3, 4]
 
 
-def test_every_dtype_is_written_as_safetensors_reads_it(tmp_path):
+class Elsewhere(torch.Tensor):
+    """A tensor that says it is on another device, as a GPU's."""
+
+    is_cpu = property(lambda self: False)
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, Elsewhere])
+def test_every_dtype_is_written_as_safetensors_reads_it(kind, tmp_path):
     torch.manual_seed(0)
     dtypes = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16]
     tensors = {
@@ -101,7 +108,7 @@ def test_every_dtype_is_written_as_safetensors_reads_it(tmp_path):
     }
     tensors |= {"scalar": torch.tensor(3.0), "empty": torch.zeros(0, 4), "transposed": torch.randn(4, 6).t()}
     tensors["fp8"] = torch.randn(8).to(torch.float8_e4m3fn)
-    write_tensors(tmp_path / "x.safetensors", tensors)
+    write_tensors(tmp_path / "x.safetensors", {name: tensor.as_subclass(kind) for name, tensor in tensors.items()})
     read = load_file(tmp_path / "x.safetensors")
     for name, tensor in tensors.items():
         assert read[name].dtype == tensor.dtype

@@ -25,6 +25,7 @@ LONG = {
     "zero3": (2, {"strategy": "zero3"}),
     "fsdp2_tp": (4, {"strategy": "fsdp2_tp"}),
     **{f"{strategy} on 4": (4, {"strategy": strategy}) for strategy in ("ddp", "fsdp2", "tp", "zero2", "zero3")},
+    "compiled ddp": (2, {"strategy": "ddp", "module": {"compile_blocks": True}}),
     "compiled fsdp2": (2, {"strategy": "fsdp2", "module": {"compile_blocks": True}}),
     "compiled tp": (
         2,
@@ -89,6 +90,7 @@ POISONED = {
     for strategy in ("ddp", "fsdp2", "tp", "zero2", "zero3")
     for what in ("loss", "gradient")
 }
+POISONED["zero2 bf16-mixed gradient"] = {**POISONED["zero2 gradient"], "precision": "bf16-mixed"}
 STOPPED = {
     f"{strategy} stops": {
         "strategy": strategy,
@@ -238,6 +240,13 @@ def test_gradients_are_reduced_once_a_step(two):
     assert differ == [True, True, False] * STEPS
 
 
+@pytest.mark.parametrize("name", ["compiled ddp", "compiled fsdp2"])
+def test_a_block_is_one_graph(name, two):
+    """Dynamo's optimiser for DDP would cut it in two, which Dynamo counts as one and AOTAutograd as two."""
+    for rank in two:
+        assert rank[name]["compiled_graphs"] == [1, 1]
+
+
 @pytest.mark.parametrize("name", parameters(POISONED))
 def test_a_step_that_is_not_finite_on_one_rank_leaves_no_trace_on_any(name, two):
     for rank in two:
@@ -247,8 +256,8 @@ def test_a_step_that_is_not_finite_on_one_rank_leaves_no_trace_on_any(name, two)
         # Weights and optimiser before each step against those before the next: bitwise the same where it was left out.
         assert result["changed"] == [False, True, False, False, True]
         assert [not math.isfinite(x) for x in result["grad_norm"]] == [True, False, True, True, False, False]
-        healthy = two[0]["ddp loss"]["grad_norm"]
-        assert [result["grad_norm"][i] for i in (1, 4, 5)] == pytest.approx([healthy[i] for i in (1, 4, 5)], rel=1e-5)
+        healthy, rel = two[0]["ddp loss"]["grad_norm"], 5e-2 if "bf16" in name else 1e-5
+        assert [result["grad_norm"][i] for i in (1, 4, 5)] == pytest.approx([healthy[i] for i in (1, 4, 5)], rel=rel)
 
 
 @pytest.mark.parametrize("name", ONE_SIDED)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Subset
 
@@ -205,6 +206,7 @@ def bits(tensor: torch.Tensor) -> int:
 def train(case: dict[str, Any]) -> dict[str, Any]:
     """Run one case; see ``conftest.run_cases`` for its keys."""
     torch._dynamo.reset()
+    counters.clear()
     world = int(os.environ["WORLD_SIZE"])
     accumulate, steps = case.get("accumulate", 3), case.get("steps", 20)
     seed_everything(5 + (int(os.environ["RANK"]) if case.get("seed_differs") else 0))
@@ -253,6 +255,7 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
     if "poison" in case:
         result["changed"] = module.changed
     result["exact_weights"] = record.exact_weights
+    result["compiled_graphs"] = [counters["stats"]["unique_graphs"], counters["aot_autograd"]["total"]]
     whole = [p for p in module.decoder.parameters() if not isinstance(p, DTensor) or p.device_mesh.ndim == 1]
     result["whole_weights"] = [bits(p.full_tensor() if isinstance(p, DTensor) else p) for p in whole]
     return result
@@ -263,6 +266,7 @@ def main() -> None:
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
+    torch.distributed._DEFAULT_FIRST_BUCKET_BYTES = 1024  # so that a block is larger than DDP's first bucket
     results = {}
     for name, case in cases.items():
         try:
