@@ -196,7 +196,7 @@ class _ZeRO2Run(_Run):
         numel = sum(p.numel() for p in self.decoder.parameters())
         self.share = -(-numel // self.config.data_parallel)
         self.bucket_numel = self.config.zero_bucket
-        self.reduced_numel = min(numel, self.bucket_numel)
+        self.collected: Tensor | None = None
         self.master = nn.Parameter(torch.empty(self.share))
         self.memory.tag([self.master], "optimiser")
 
@@ -204,23 +204,32 @@ class _ZeRO2Run(_Run):
         return [self.master]
 
     def on_gradient(self, parameter: Tensor) -> None:
+        if self.collected is None:
+            self.collected, self.filled = self.bucket(), 0
+            self.memory.tag([self.collected], "gradients")
+        elif self.filled + parameter.numel() > self.bucket_numel:
+            self.reduce()
+        self.filled += parameter.numel()
         parameter.grad = None  # copied into the bucket
 
     def autocast(self) -> Any:
         return nullcontext()  # weights are bfloat16
 
     def bucket(self) -> Tensor:
-        """Return what gradients are collected in."""
+        """Return what gradients are collected in, from the first one of a backward on."""
         return torch.empty(self.bucket_numel, dtype=self.decoder.embedding.weight.dtype)
 
-    def backward(self, loss: Tensor, is_last: bool) -> None:
+    def reduce(self) -> None:
+        """Add this rank's part of the bucket, which is reduced in float32, to its gradients."""
         if self.master.grad is None:
             self.master.grad = torch.empty(self.share)
-        bucket = self.bucket()
-        self.memory.tag([self.master.grad, bucket], "gradients")
+        self.memory.tag([self.master.grad, torch.empty(self.filled)], "gradients")
+        self.filled = 0
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
         loss.backward()
-        self.memory.tag([torch.empty(self.reduced_numel)], "gradients")  # the bucket in float32, freed at once
-        del bucket
+        self.reduce()
+        self.collected = None
 
     def update(self) -> None:
         super().update()

@@ -77,7 +77,7 @@ class ZeroGradients:
             part.fill_(float("nan"))
 
     def _let_zero2_look(self, look: bool) -> None:
-        """Say whether ZeRO-2 looks at each gradient, for 16 ms of a 370M model's step. ZeRO-3 takes a norm always."""
+        """Say whether ZeRO-2 looks at each gradient, with a dozen kernels each. ZeRO-3 takes their norm always."""
         if hasattr(self.optimizer, "check_grad_overflow"):
             self.optimizer.check_grad_overflow = look
 

@@ -3,7 +3,9 @@
 import re
 from pathlib import Path
 
-from mhf_lightning.bench.scaling.report import read
+import pytest
+
+from mhf_lightning.bench.scaling.report import planned, read
 from mhf_lightning.bench.scaling.results import SCALING_COLUMNS
 
 ROOT = Path(__file__).parents[2]
@@ -27,3 +29,13 @@ def test_the_table_of_several_gpus_is_that_of_its_rows():
             measured = row["status"] == "ok"
             expected.append(f"{row['efficiency']:.1%}, {row['peak_gib']:.1f}" if measured else "not measured")
         assert [cell.strip() for cell in line.split("|")[2:-1]] == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", ["2026-11-28-h200-x1/weak", "2026-11-28-h200-x4/weak"])
+def test_the_planned_peak_of_zero2_is_what_was_measured(folder):
+    rows = read(ROOT / "docs/measured" / folder, "scaling", SCALING_COLUMNS)
+    rows = [row | {"file": ROOT / row["file"]} for row in rows if row["strategy"] == "zero2"]
+    assert rows
+    for row, plan in zip(rows, planned(rows), strict=True):
+        assert plan["plan_peak_gib"] == pytest.approx(row["peak_gib"], rel=0.01)
