@@ -46,13 +46,18 @@ def from_authors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_authors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the state dict with FlashMHF layers as the authors' module names and shapes them; other keys stay."""
+    """Return the state dict with FlashMHF layers as the authors' module names and shapes them; other keys stay.
+
+    A layer is what has a `router`, and a `k` of four dimensions.
+    """
     linear = {ours: theirs for theirs, ours in LINEAR.items()}
     stacked = {ours: theirs for theirs, ours in STACKED.items()}
     converted = {}
     for key, value in state.items():
         prefix, name = _split(key)
-        if name in stacked:
+        if f"{prefix}router" not in state or f"{prefix}k" not in state or state[f"{prefix}k"].dim() != 4:
+            converted[key] = value
+        elif name in stacked:
             num_kuv_heads, num_subnetworks, d_e, d_h = value.shape
             rows = value.permute(1, 2, 0, 3).reshape(num_subnetworks * d_e, num_kuv_heads * d_h)
             converted[prefix + stacked[name]] = rows.contiguous()

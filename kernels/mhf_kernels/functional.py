@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mhf_kernels.ops import flash_mhf_op, flash_mhf_routed_op
 from mhf_kernels.reference import AUTOCAST_DEVICES
@@ -37,10 +38,13 @@ def flash_mhf(
     Raises:
         ValueError: shapes, dtypes or devices do not fit together, or not exactly one of `r` and `router` is given.
         BackendUnavailableError: `MHF_BACKEND` asks for kernels that are not available here (a ValueError).
+        NotImplementedError: an input has a tangent of forward-mode differentiation, which the op would drop.
     """
     _check_shapes(q, k, u, v)
     if (r is None) == (router is None):
         raise ValueError("give either r, the gate, or router, the weight to compute it from")
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        _refuse_tangents(q, k, u, v, r, router)
     if router is not None:
         _check_router(q, k, router)
         _check_devices_and_dtypes(q=q, k=k, u=u, v=v, router=router)
@@ -65,6 +69,11 @@ def _check_shapes(q: Tensor, k: Tensor, u: Tensor, v: Tensor) -> None:
             f"the heads of q (dimension 2) must be a multiple of the heads of k (dimension 0); "
             f"got q {_shape(q)} and k {_shape(k)}"
         )
+
+
+def _refuse_tangents(*tensors: Tensor | None) -> None:
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError("flash_mhf has no forward-mode derivative (jvp, jacfwd, linearize); use backward()")
 
 
 def _check_gate(q: Tensor, k: Tensor, r: Tensor) -> None:
@@ -98,7 +107,8 @@ def _check_devices_and_dtypes(**tensors: Tensor) -> None:
             raise ValueError(f"autocast does not cast float64: all of {names} must be float64 or none; got {given}")
         return
     if any(tensors[name].dtype != q.dtype for name in ("k", "u", "v")):
-        raise ValueError(f"q, k, u and v must have one dtype; got {given}; cast them, or run under torch.autocast")
+        how = ", as autocast does not cast float64" if autocast else ", or run under torch.autocast"
+        raise ValueError(f"q, k, u and v must have one dtype; got {given}; cast them{how}")
     if "r" in tensors and tensors["r"].dtype not in (q.dtype, torch.float32):
         raise ValueError(f"r must have the dtype of q, or be torch.float32; got {given}; cast it")
     if "router" in tensors and tensors["router"].dtype == torch.float64 != q.dtype:

@@ -263,6 +263,7 @@ def _float32(x: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
 def _or_triton(launch: Callable[[], T], fallback: Callable[[], T], *, wanted: bool = True) -> T:
     """Launch, or take the portable kernel: where this one is not wanted or, with one warning, cannot be compiled."""
     if wanted and not _failure:
+        triton_backend.gate()  # refuses a wrong setting, which is no failure to compile
         try:
             return launch()
         except torch.OutOfMemoryError:

@@ -25,7 +25,7 @@ def router_weights(q: Tensor, router: Tensor) -> Tensor:
         router: W, `[H, d_h, E]`, any floating dtype.
 
     Returns:
-        `[B, L, H, E]`, float32, in memory `[H, E, B, L]`; each row sums to 1.
+        `[B, L, H, E]`, float32, in memory `[H, E, B, L]`; each row sums to 1, unless it is clamped.
     """
     s = torch.sigmoid(_router_logits(q, router))
     return s / s.sum(dim=-1, keepdim=True).clamp_min(LEAST_SUM)

@@ -22,7 +22,8 @@ FAR, NEAR = 0.1, 0.05
 def replace_ffn(model: nn.Module, *, d_h: int, d_e: int, num_subnetworks: int | None = None, **options: Any) -> None:
     """Replace every SwiGLU feed-forward layer of a Hugging Face Llama, Qwen, Mistral or the like by a new `FlashMHF`.
 
-    A layer counts as one if it holds the linear layers `gate_proj`, `up_proj` and `down_proj`. Device and dtype stay;
+    A layer counts as one if it holds the linear layers `gate_proj`, `up_proj` and `down_proj`; one that several parents
+    share is replaced by one that they share. Device and dtype stay;
     the new weights are random, so this is for a model that is to be pretrained. A Hugging Face model keeps the settings
     in `model.config.flash_mhf`, with which the same layers are built again: `replace_ffn(model,
     **model.config.flash_mhf)`.
@@ -33,11 +34,15 @@ def replace_ffn(model: nn.Module, *, d_h: int, d_e: int, num_subnetworks: int | 
         d_e: width of a sub-network.
         num_subnetworks: E; None takes the number that comes nearest to the parameters of the layer that goes. Where it
             comes no nearer than 10%, a warning names a smaller d_e.
-        options: further arguments of `FlashMHF`; `gains` may be a dictionary, as the settings hold it.
+        options: further arguments of `FlashMHF`, but `device` and `dtype`; `gains` may be a dictionary, as the settings
+            hold it.
 
     Raises:
-        ValueError: no such layer, or sizes that do not fit.
+        ValueError: no such layer, a mixture of experts, layers of several sizes without `num_subnetworks`, or sizes
+            that do not fit.
     """
+    if options.keys() & {"device", "dtype"}:
+        raise ValueError("device and dtype are those of the layers that go; move the model with .to() instead")
     found = [
         (parent, name, child)
         for parent in model.modules()
@@ -49,22 +54,39 @@ def replace_ffn(model: nn.Module, *, d_h: int, d_e: int, num_subnetworks: int | 
             f"{type(model).__name__} has no feed-forward layer with {', '.join(PROJECTIONS)}; replace its layers by "
             "mhf_kernels.FlashMHF yourself"
         )
+    layers = {child for _, _, child in found}
+    mixtures = sorted(
+        {type(m).__name__ for m in model.modules() if hasattr(m, "experts") and not layers.isdisjoint(m.modules())}
+    )
+    if mixtures:
+        raise ValueError(
+            f"{', '.join(mixtures)} is a mixture of experts, whose router counts on the layers that it has; replace "
+            "whole mixtures by mhf_kernels.FlashMHF yourself"
+        )
+    counts = sorted(map(_count, layers))
+    if num_subnetworks is None and counts[0] < counts[-1]:
+        raise ValueError(f"the layers have from {counts[0]:,} to {counts[-1]:,} parameters; give num_subnetworks")
     if isinstance(options.get("gains"), dict):
         options["gains"] = InitGains(**options["gains"])
     settings: dict[str, Any] = {"d_h": d_h, "d_e": d_e, **options}
     if options.get("gains") is not None:
         settings["gains"] = asdict(options["gains"])  # the configuration becomes JSON
+    replaced: dict[nn.Module, FlashMHF] = {}
     for parent, name, old in found:
+        if old in replaced:
+            setattr(parent, name, replaced[old])
+            continue
         down = old.down_proj
         assert isinstance(down, nn.Linear)
         d_model = down.out_features
         if d_h < 1 or d_model % d_h != 0:
             raise ValueError(f"d_h must divide the model's width, {d_model}; got {d_h}")
         layer: Callable[..., FlashMHF] = partial(FlashMHF, d_model, d_model // d_h, **options)
-        if num_subnetworks is None:  # all layers of these models are alike
+        if num_subnetworks is None:
             num_subnetworks = _matched(layer, d_e, _count(old))
         new = layer(num_subnetworks, d_e, device=down.weight.device, dtype=down.weight.dtype)
-        setattr(parent, name, new.train(old.training))
+        replaced[old] = new.train(old.training)
+        setattr(parent, name, new)
     if hasattr(model, "config"):
         config: Any = model.config
         config.flash_mhf = {**settings, "num_subnetworks": num_subnetworks}

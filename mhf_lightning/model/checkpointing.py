@@ -27,7 +27,7 @@ KEPT_OPS = {"selective": [*FFN_OPS, *ATTENTION_OPS], "ffn": [*FFN_OPS]}
 
 
 def checkpointed(function: Callable[..., Any], mode: ActivationCheckpointing, *args: Any, dropout: bool) -> Any:
-    """Call ``function(*args)`` so that its backward finds what ``mode`` keeps.
+    """Call ``function(*args)`` so that its backward finds what ``mode`` keeps; in all but ``none`` and ``full``, once.
 
     Args:
         function: What to run; it may run again in the backward.

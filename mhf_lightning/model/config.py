@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, Optional
+from typing import Any, Literal, Optional, get_args
 
 FFNName = Literal["swiglu", "gated_swiglu", "mh_ffn", "pkv", "dense_moe", "flash_mhf"]
 InitializationName = Literal["paper", "variance_matched"]
@@ -134,6 +134,9 @@ class DecoderConfig:
             raise ValueError(
                 f"d_model is {self.d_model}, ffn.num_heads is {self.ffn.num_heads}: d_model must be a multiple of it"
             )
+        if self.initialization not in get_args(InitializationName):
+            names = ", ".join(get_args(InitializationName))
+            raise ValueError(f"initialization is {self.initialization!r}; it must be one of {names}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and less than 1")
 

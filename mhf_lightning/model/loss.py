@@ -31,13 +31,18 @@ def linear_cross_entropy_sums(hidden: Tensor, weight: Tensor, targets: Tensor) -
     Args:
         hidden: ``[T, d_model]``.
         weight: ``[vocab_size, d_model]``.
-        targets: ``[T]``, int64, ``IGNORE_INDEX`` where a token has no target.
+        targets: ``[T]``, int64, below 0 (such as ``IGNORE_INDEX``) where a token has no target.
+
+    Raises:
+        ValueError: There are not as many targets as tokens.
     """
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"targets are {list(targets.shape)} for hidden {list(hidden.shape)}; a target a token")
     device = hidden.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else torch.promote_types(hidden.dtype, weight.dtype)
     nll, squared_log_z = _Sums.apply(hidden, weight, targets, dtype)
-    return LossSums(nll, squared_log_z, (targets != IGNORE_INDEX).sum())
+    return LossSums(nll, squared_log_z, (targets >= 0).sum())
 
 
 class _Sums(torch.autograd.Function):
@@ -53,7 +58,7 @@ class _Sums(torch.autograd.Function):
             log_z[rows], picked[rows] = fused(log_z_and_picked, device)(hidden[rows].detach(), low, targets[rows])
         ctx.save_for_backward(hidden, weight, targets, log_z)
         ctx.dtype = dtype
-        valid = targets != IGNORE_INDEX
+        valid = targets >= 0
         return torch.where(valid, log_z - picked, 0).sum(), torch.where(valid, log_z.square(), 0).sum()
 
     @staticmethod
@@ -66,7 +71,7 @@ class _Sums(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("linear_cross_entropy_sums has no second derivative; leave create_graph out")
         hidden, weight, targets, log_z = ctx.saved_tensors
-        valid = targets != IGNORE_INDEX
+        valid = targets >= 0
         at_target = torch.where(valid, grad_nll, 0)
         share = torch.where(valid, grad_nll + 2 * grad_squared_log_z * log_z, 0)
         low = weight.detach().to(ctx.dtype)

@@ -16,7 +16,7 @@ from mhf_lightning.model.rope import rotary_tables
 
 
 class KeyValueCache(Protocol):
-    """Keys and values of the tokens so far: :class:`~mhf_lightning.model.generate.StaticCache`, or transformers'."""
+    """Keys and values of the tokens so far: :class:`~mhf_lightning.model.generate.Generation`, or transformers'."""
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Take in a layer's new keys and values ``[B, kv_heads, L, d_head]``; return all that it holds of the layer."""
@@ -96,9 +96,14 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw all weights: embedding, head and attention with std 0.02, the FFN as its initialisation says."""
+        """Draw all weights: embedding, head and attention with std 0.02, the FFN as its initialisation says.
+
+        After `to_empty`, which takes them apart, a tied head is the embedding again.
+        """
         nn.init.normal_(self.embedding.weight, std=0.02)
-        if not self.config.tie_embeddings:
+        if self.config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        else:
             nn.init.normal_(self.head.weight, std=0.02)
         self.final_norm.reset_parameters()
         for block in self.blocks:
@@ -117,7 +122,7 @@ class Decoder(nn.Module):
 
         Args:
             input_ids: ``[B, L]``, int64.
-            labels: ``[B, L]``, int64, the token after each position; -100 where there is none.
+            labels: ``[B, L]``, int64, the token after each position; below 0, as -100, where there is none.
             position_ids: ``[B, L]``, positions inside the document; by default 0 ... L - 1.
             document_ids: ``[B, L]``; where given, attention does not leave a document.
 

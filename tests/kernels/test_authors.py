@@ -60,6 +60,13 @@ def test_there_and_back_with_prefixes():
     assert all(value.equal(theirs[name]) for name, value in back.items())
 
 
+def test_what_is_no_layer_stays():
+    """Attention with names like ours, and the layers of other variants beside a router."""
+    state = {"attn.k": torch.randn(4, 4), "attn.w_in.weight": torch.randn(4, 4)}
+    state |= {"moe.router": torch.randn(1, 4, 2), "moe.k": torch.randn(8, 4), "moe.w_in.weight": torch.randn(4, 4)}
+    assert to_authors(state) == state
+
+
 def test_what_does_not_fit_is_named():
     theirs = authors_weights(2, True)
     with pytest.raises(ValueError, match="gate_weight has no router beside it"):

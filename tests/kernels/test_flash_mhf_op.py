@@ -9,6 +9,7 @@ import types
 import pytest
 import torch
 from mhf_kernels import BackendUnavailableError, FlashMHF, blocked, dispatch, flash_mhf
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -46,6 +47,22 @@ def test_second_derivatives_are_refused(make_inputs):
         dq.sum().backward()
 
 
+@pytest.mark.parametrize("spoiled", ["q", "k", "u", "v", "r"])
+def test_forward_mode_derivatives_are_refused(make_inputs, spoiled):
+    inputs = dict(zip("qkuvr", make_inputs(), strict=True))
+
+    def function(x):
+        return flash_mhf(**{name: x if name == spoiled else value.detach() for name, value in inputs.items()})
+
+    x = inputs[spoiled].detach()
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(function, (x,), (torch.ones_like(x),))
+    with forward_ad.dual_level():
+        assert function(x).shape == inputs["q"].shape  # others may be differentiated
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"), torch.no_grad():
+            function(forward_ad.make_dual(x, torch.ones_like(x)))
+
+
 def test_autocast_casts_all_but_r(make_inputs):
     inputs = make_inputs()  # float32; r has digits that bfloat16 would lose
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -66,6 +83,12 @@ def test_autocast_takes_mixed_inputs_and_leaves_float64_alone(make_inputs):
         assert flash_mhf(*(x.double() for x in (q, k, u, v, r))).dtype == torch.float64
         with pytest.raises(ValueError, match="autocast does not cast float64"):
             flash_mhf(q, k.double(), u, v, r)
+
+
+def test_no_advice_to_use_the_autocast_that_is_on(make_inputs):
+    q, *others = make_inputs()
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match="as autocast does not cast fl"):
+        flash_mhf(q.double(), *others)
 
 
 def test_autocast_is_registered_for_cuda():

@@ -112,6 +112,14 @@ def test_what_tma_can_read():
     assert not gluon_backend._is_matrix(q[..., :32])
 
 
+def test_a_wrong_setting_is_not_taken_for_a_compiler_that_fails(monkeypatch):
+    monkeypatch.setattr(gluon_backend, "_failure", [])
+    monkeypatch.setenv("MHF_GATE", "Exact")
+    with pytest.raises(ValueError, match="MHF_GATE=Exact"):
+        gluon_backend._or_triton(lambda: "fast", lambda: "portable")
+    assert not gluon_backend._failure
+
+
 def test_running_out_of_memory_is_not_taken_for_a_compiler_that_fails(monkeypatch):
     def launch():
         raise torch.OutOfMemoryError

@@ -124,6 +124,38 @@ def test_what_cannot_be_replaced_is_named():
         replace_ffn(model(), d_h=48, d_e=32)
 
 
+def test_no_second_device_or_dtype():
+    with pytest.raises(ValueError, match="device and dtype are those of the layers that go"):
+        replace_ffn(model(), d_h=16, d_e=32, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["Qwen2Moe", "DeepseekV2"])
+def test_mixtures_of_experts_are_refused_and_stay(name):
+    experts = {"n_routed_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    latent = {"q_lora_rank": None, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+    net = model(name, **experts, **(latent if name == "DeepseekV2" else {}))
+    before = [type(module) for module in net.modules()]
+    with pytest.raises(ValueError, match=f"{name}.* is a mixture of experts"):
+        replace_ffn(net, d_h=16, d_e=32)
+    assert [type(module) for module in net.modules()] == before
+
+
+def test_layers_of_several_sizes_need_a_number():
+    net, wide = model(), model(intermediate_size=512)
+    net.model.layers[1].mlp = wide.model.layers[1].mlp
+    with pytest.raises(ValueError, match="the layers have from 49,152 to 98,304 parameters; give num_subnetworks"):
+        replace_ffn(net, d_h=16, d_e=32)
+    replace_ffn(net, d_h=16, d_e=32, num_subnetworks=7)
+    assert {layer.mlp.num_subnetworks for layer in net.model.layers} == {7}
+
+
+def test_a_shared_layer_stays_shared():
+    net = model()
+    net.model.layers[1].mlp = net.model.layers[0].mlp
+    replace_ffn(net, d_h=16, d_e=32)
+    assert net.model.layers[1].mlp is net.model.layers[0].mlp
+
+
 def run_example(*command: str) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)

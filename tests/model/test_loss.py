@@ -49,6 +49,16 @@ def test_without_any_target():
     assert not any(grad.any() for grad in torch.autograd.grad(sums.nll, (hidden, weight)))
 
 
+def test_every_target_below_zero_is_none_and_other_shapes_are_refused():
+    hidden, weight, targets = make()
+    others = torch.where(targets == IGNORE_INDEX, -1, targets)
+    found = [linear_cross_entropy_sums(hidden, weight, x) for x in (targets, others)]
+    assert found[0] == found[1]
+    assert torch.autograd.grad(found[1].nll, hidden)[0][::5].abs().sum() == 0
+    with pytest.raises(ValueError, match=r"targets are \[1\] for hidden \[33, 8\]"):
+        linear_cross_entropy_sums(hidden, weight, targets[:1])
+
+
 def test_large_logits_do_not_overflow():
     hidden, weight, targets = make(dtype=torch.float32)
     sums = linear_cross_entropy_sums(hidden * 1e3, weight, targets)

@@ -198,6 +198,13 @@ def test_meta_device_counts_like_the_real_model(name):
         meta = Decoder(tiny(name))
     assert all(p.is_meta for p in meta.parameters())
     assert count_parameters(meta) == count_parameters(Decoder(tiny(name)))
+    torch.manual_seed(0)
+    meta.to_empty(device="cpu").reset_parameters()
+    assert meta.head.weight is meta.embedding.weight
+    drawn = Decoder(tiny(name))
+    torch.manual_seed(0)
+    drawn.reset_parameters()
+    assert all(value.equal(drawn.state_dict()[key]) for key, value in meta.state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -207,6 +214,7 @@ def test_meta_device_counts_like_the_real_model(name):
         ({"num_kv_heads": 3}, ["num_kv_heads is 3", "divide"]),
         ({"dropout": 1.0}, ["dropout is 1.0"]),
         ({"num_layers": 0}, ["num_layers is 0"]),
+        ({"initialization": "variance-matched"}, ["initialization is 'variance-matched'", "paper, variance_matched"]),
     ],
 )
 def test_bad_decoder_sizes_are_named(changes, words):
