@@ -56,12 +56,12 @@ class StepCheckpoint(Checkpoint):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the resumed step as saved, remove what a killed run left, and set later steps' checkpoints aside."""
-        self._saved = trainer.global_step
+        """Remove what a killed run left, and set later steps' checkpoints aside; the resumed step may be saved here."""
         if trainer.is_global_zero:
             for path in prepare_run(self.folder, trainer.global_step):
                 rank_zero_warn(f"{path} is of a later step than this run continues from; it was set aside")
-        trainer.strategy.barrier("StepCheckpoint.on_train_start")
+        is_own = (self.folder / f"step-{trainer.global_step}").is_dir()  # and not that of another run
+        self._saved = trainer.global_step if trainer.strategy.broadcast(is_own) else 0
 
     def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
         """Save after an optimiser step whose number says so; the last one is saved when it has been validated."""

@@ -20,7 +20,6 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.trainer import Trainer
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
@@ -50,6 +49,7 @@ from mhf_lightning.errors import readable_errors
 from mhf_lightning.parsing import SuggestingParser, environment_references, put_references, take_allowed_imports
 from mhf_lightning.redaction import redact_tree
 from mhf_lightning.signals import restore_stop_signals
+from mhf_lightning.training.logger import RunTensorBoard
 from mhf_lightning.training.module import PretrainModule
 from mhf_lightning.training.ranks import data_parallel_ranks, is_first_of_replica, is_first_process
 from mhf_lightning.training.run_lock import lock_run_folder, make_writable
@@ -107,6 +107,7 @@ class MHFCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Lock the run folder; look for the checkpoint that is asked for, and for a run not to be overwritten."""
         options = self.config[str(self.subcommand)]
+        _check_trainer(options["trainer"])
         if self.subcommand == "fit" and is_first_process():
             (make_writable if options["trainer"].get("fast_dev_run") else lock_run_folder)(self.run_dir)
         checkpoints = self.run_dir / "checkpoints"
@@ -114,7 +115,8 @@ class MHFCLI(LightningCLI):
         if path == "auto":
             options["ckpt_path"] = find_checkpoint(checkpoints)
             if self.subcommand == "fit":
-                return  # a run that was cut off before its first checkpoint starts again
+                options["ckpt_path"] = options["ckpt_path"] or self._origin()
+                return  # a run that was cut off before its first checkpoint starts again as it did
         elif path == "last":
             options["ckpt_path"] = str(_newest(checkpoints))
         elif path and not Path(path).is_dir():
@@ -142,6 +144,22 @@ class MHFCLI(LightningCLI):
             super().instantiate_classes()
         except MisconfigurationException as error:
             raise _as_option_error(error) from error
+
+    def _origin(self) -> str | None:
+        """Return the checkpoint of another run that this one started from, if it did.
+
+        Raises:
+            ValueError: It is gone.
+        """
+        config = self.run_dir / "config.yaml"
+        begun = yaml.safe_load(config.read_text(encoding="utf-8")) if config.exists() else None
+        path = begun.get("ckpt_path") if isinstance(begun, dict) else None
+        if path and not Path(path).is_dir():
+            raise ValueError(
+                f"{self.run_dir} has no checkpoint yet, and {path}, from which it started, is gone; choose another "
+                "--run_dir"
+            )
+        return path
 
     @rank_zero_only
     def _refuse_existing_run(self) -> None:
@@ -182,10 +200,8 @@ class MHFCLI(LightningCLI):
             config["plugins"] = [SLURMEnvironment(auto_requeue=False)]  # callbacks/preemption.py does that
         config["default_root_dir"] = config.get("default_root_dir") or str(self.run_dir)
         if config.get("logger") is None and self.subcommand == "fit":
-            # The queue takes what a logging step writes; a full one would make the training wait for the disk.
-            config["logger"] = TensorBoardLogger(
-                str(self.run_dir), name="", version="tensorboard", purge_step=self._resumed_step(), max_queue=1000
-            )
+            logger = config["logger"] = RunTensorBoard(self.run_dir, self._resumed_step())
+            callbacks.insert(0, LambdaCallback(on_train_start=lambda *_: logger.take_back()))
         elif config.get("logger") is None:
             config["logger"] = False
         return self._instantiate_trainer({**config, **kwargs}, callbacks)
@@ -314,6 +330,26 @@ def choose_strategy(config: dict[str, Any]) -> Any:
         f"trainer.strategy is {strategy!r}; use auto, ddp, or a class of mhf_lightning.training.strategies "
         "(configs/trainer has one file for each)"
     )
+
+
+def _check_trainer(options: Any) -> None:
+    """Refuse options of the Trainer under which samples would be lost, read twice, or counted wrongly.
+
+    Raises:
+        ValueError: There is one.
+    """
+    if options.get("use_distributed_sampler"):
+        raise ValueError("trainer.use_distributed_sampler is true; leave it out, the data are dealt to ranks anyhow")
+    limit = options.get("limit_train_batches")  # 1 is one batch, 1.0 all
+    if (limit is not None and (isinstance(limit, int) or limit != 1.0)) or options.get("overfit_batches"):
+        raise ValueError(
+            "trainer.limit_train_batches and overfit_batches end a pass early, and the next one would read the same "
+            "blocks again; leave them out, and set trainer.max_steps"
+        )
+    for key in ("accumulate_grad_batches", "val_check_interval"):
+        value = options.get(key)
+        if isinstance(value, int | float) and value <= 0:
+            raise ValueError(f"trainer.{key} is {value}; it must be positive")
 
 
 def _quieten() -> None:

@@ -70,6 +70,8 @@ class ScheduleConfig:
         Raises:
             ValueError: Warm-up and decay do not fit into the run.
         """
+        if self.final_ratio < 0:
+            raise ValueError(f"schedule: final_ratio is {self.final_ratio}; a learning rate cannot be negative")
         total = self.length(total_steps)
         if self.warmup_steps < 0 or self.decay_steps < 0 or self.warmup_steps + self.decay_steps > total:
             raise ValueError(

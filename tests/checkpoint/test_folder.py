@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from mhf_lightning.callbacks.checkpoint import CheckpointConfig, StepCheckpoint
 from mhf_lightning.checkpoint.files import CheckpointError, write_file, write_json, write_tensors
 from mhf_lightning.checkpoint.folder import (
     Manifest,
@@ -232,6 +234,7 @@ def test_a_run_that_goes_back_sets_later_checkpoints_aside(tmp_path):
 WRITER = """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 sys.path.insert(0, sys.argv[2])
 from test_folder import save
 print("ready", flush=True)
@@ -255,3 +258,16 @@ def test_a_writer_killed_anywhere_leaves_whole_checkpoints(tmp_path):
     for step, path in checkpoints(tmp_path).items():
         assert json.loads((path / "trainer.json").read_text())["global_step"] == step
         assert (load_file(path / "shard-00000.safetensors")["model/w"] == step).all()
+
+
+def test_the_step_of_another_run_s_checkpoint_is_not_taken_for_saved(tmp_path):
+    """A run that began from it and is stopped at once has to leave a checkpoint of its own."""
+    saved = []
+    trainer = SimpleNamespace(is_global_zero=True, global_step=4, strategy=SimpleNamespace(broadcast=lambda x: x))
+    trainer.save_checkpoint = lambda path, **_: saved.append(path)
+    for _ in range(2):
+        callback = StepCheckpoint(tmp_path, CheckpointConfig())
+        callback.on_train_start(trainer, None)
+        callback.save(trainer)
+        (tmp_path / "step-4").mkdir(exist_ok=True)
+    assert saved == [tmp_path / "step-4"]

@@ -95,6 +95,31 @@ def test_an_existing_run_is_not_overwritten(trained):
     assert (run_dir / "config.yaml").read_text() == before
 
 
+def test_a_refused_resume_takes_no_curve_back(trained):
+    run_dir, args, _ = trained
+    before = {tag: scalars(run_dir, tag) for tag in ("train/loss", "val/loss")}
+    early = ["--ckpt_path", str(run_dir / "checkpoints/step-4"), "--model.optimizer.lr", "0.5"]
+    assert "and this start has 0.5" in mhf("fit", *args, *early, code=2)
+    assert {tag: scalars(run_dir, tag) for tag in before} == before
+    assert max(before["train/loss"]) >= 7
+
+
+def test_a_run_from_another_s_checkpoint_keeps_its_origin(trained, tmp_path):
+    """Cut off before its first checkpoint, it begins there again."""
+    run_dir, args, _ = trained
+    origin, branch = tmp_path / "step-4", tmp_path / "branch"
+    shutil.copytree(run_dir / "checkpoints/step-4", origin)
+    args = [*args, "--run_dir", str(branch), "--ckpt_path"]
+    mhf("fit", *args, str(origin), "--trainer.max_steps", "8")
+    shutil.rmtree(branch / "checkpoints")
+    mhf("fit", *args, "auto", "--trainer.max_steps", "8")
+    whole = scalars(run_dir, "train/loss")
+    assert scalars(branch, "train/loss") == pytest.approx({step: whole[step] for step in range(4, 8)}, rel=1e-6)
+    shutil.rmtree(branch / "checkpoints")
+    shutil.rmtree(origin)
+    assert f"{origin}, from which it started, is gone" in mhf("fit", *args, "auto", code=2)
+
+
 def test_validate_test_and_predict_agree(trained):
     run_dir, args, _ = trained
     final = scalars(run_dir, "val/loss")[7]
@@ -176,6 +201,23 @@ def test_a_run_folder_is_not_mixed_with_another_s_checkpoint(trained, tmp_path):
     copied = tmp_path / "step-8"
     shutil.copytree(run_dir / "checkpoints/step-8", copied)
     assert "already holds a run" in mhf("fit", *args, "--ckpt_path", str(copied), code=2)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "why"),
+    [
+        ("limit_train_batches", "5", "set trainer.max_steps"),
+        ("limit_train_batches", "1", "set trainer.max_steps"),
+        ("overfit_batches", "0.5", "set trainer.max_steps"),
+        ("accumulate_grad_batches", "0", "trainer.accumulate_grad_batches is 0; it must be positive"),
+        ("val_check_interval", "0", "trainer.val_check_interval is 0; it must be positive"),
+        ("use_distributed_sampler", "true", "the data are dealt to ranks anyhow"),
+    ],
+)
+def test_options_that_would_lose_or_repeat_samples_are_refused(option, value, why, corpus, tmp_path):
+    args = [*SMALL, "--data.path", str(corpus), "--data.micro_batch_size", "4", "--run_dir", str(tmp_path / "run")]
+    assert why in mhf("fit", *args, f"--trainer.{option}", value, code=2)
+    assert not (tmp_path / "run").exists()
 
 
 def test_validation_of_nothing_is_an_error(trained):

@@ -34,6 +34,8 @@ def test_total_steps_can_be_longer_than_the_run():
 def test_a_schedule_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="warmup_steps 80"):
         ScheduleConfig("wsd", warmup_steps=80, decay_steps=30).factor(100)
+    with pytest.raises(ValueError, match="final_ratio is -3; a learning rate cannot be negative"):
+        ScheduleConfig(final_ratio=-3).factor(100)
 
 
 def test_decay_is_on_matrices_only():
