@@ -1,4 +1,4 @@
-"""Results in the run folder, ``eval/NAME-step-N.json``, and in TensorBoard, ``eval/NAME/METRIC`` at the step."""
+"""Results in the run folder, ``eval/NAME-step-N.json``, and in TensorBoard, ``eval/NAME/METRIC`` at N - 1."""
 
 from __future__ import annotations
 
@@ -43,8 +43,9 @@ def write_results(
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     unfinished.replace(path)
+    drawn = max(0, trained.step - 1)  # as training and validation: a resume from step N takes back what is at N
     with SummaryWriter(str(trained.run_dir / "tensorboard"), filename_suffix=".eval") as writer:
         for task, metrics in results.items():
             for metric, value in metrics.items():
-                writer.add_scalar(f"eval/{task}/{metric}", value, trained.step)
+                writer.add_scalar(f"eval/{task}/{metric}", value, drawn)
     return path

@@ -123,8 +123,18 @@ def make_plan(options: Any, model: PretrainModule, data: TokenDataModule) -> Pla
     gpus = _devices(options.trainer) if options.gpus is None else options.gpus
     if gpus < 1:
         raise ValueError(f"--gpus is {gpus}; it must be at least 1")
+    for name, value in (
+        ("--tokens", options.tokens),
+        ("trainer.max_steps", options.trainer.max_steps if options.tokens is None else None),
+        ("--context_length", options.context_length),
+        ("trainer.accumulate_grad_batches", options.trainer.accumulate_grad_batches),
+    ):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value:g}; it must be at least 1")
     decoder = model.decoder.config
     strategy = _strategy(options.trainer.strategy, gpus)
+    if strategy["strategy"] == "zero3" and model.compile_blocks:
+        raise ValueError("model.compile_blocks does not work with ZeRO-3; turn it off")
     step = Step(
         decoder,
         data.micro_batch_size,
@@ -139,8 +149,6 @@ def make_plan(options: Any, model: PretrainModule, data: TokenDataModule) -> Pla
     )
     tokens_per_step = step.micro_batch_size * step.context_length * step.accumulate * step.data_parallel
     flops = flops_per_token(decoder, step.context_length)
-    if options.tokens is not None and options.tokens < 1:
-        raise ValueError(f"--tokens is {options.tokens:g}; it must be at least 1")
     tokens = options.tokens or options.trainer.max_steps * tokens_per_step
     return Plan(
         step,

@@ -234,7 +234,6 @@ def test_a_run_that_goes_back_sets_later_checkpoints_aside(tmp_path):
 WRITER = """
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 sys.path.insert(0, sys.argv[2])
 from test_folder import save
 print("ready", flush=True)

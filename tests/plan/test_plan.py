@@ -261,6 +261,13 @@ def test_a_run_that_does_not_fit_exits_with_1_and_says_what_to_change(capsys):
         (["--gpus=0"], "--gpus is 0; it must be at least 1"),
         (["--tokens=-5"], "--tokens is -5; it must be at least 1"),
         (["--tokens=0"], "--tokens is 0; it must be at least 1"),
+        (["--trainer.max_steps=-1"], "trainer.max_steps is -1; it must be at least 1"),
+        (["--context_length=-5"], "--context_length is -5; it must be at least 1"),
+        (["--trainer.accumulate_grad_batches=0"], "trainer.accumulate_grad_batches is 0; it must be at least 1"),
+        (
+            ["--gpus=2", "--config", str(CONFIGS / "trainer/deepspeed_zero3.yaml"), "--model.compile_blocks=true"],
+            "model.compile_blocks does not work with ZeRO-3; turn it off",
+        ),
         (["--trainer.devices=auto"], "trainer.devices is auto, which is no number of GPUs; give --gpus"),
         (["--mfu=1.5"], "--mfu is 1.5; it must be above 0 and at most 1"),
         (["--context_length=null"], "there is no dataset at data.path none to take it from: give --context_length"),
