@@ -67,7 +67,7 @@ class FlashMHF(nn.Module):
         skip_linear: leave out W_in and W_out.
         gate: `sigmoid`, the paper's R, or `softmax` over the sub-networks, an ablation, which PyTorch computes.
         recompute_queries: keep X and S for the backward, and compute Q from X again: half of the memory of a compiled
-            layer, for one more product with W_in. A graph that keeps less than all goes backward only once.
+            layer, for one more product with W_in. One backward only: `retain_graph` is of no use.
         norm_eps: epsilon of the query norm.
         initialization: `variance_matched` (the layer starts at the scale of a SwiGLU FFN) or `paper`.
         gains: overrides of single values of the initialisation.

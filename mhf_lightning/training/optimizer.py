@@ -68,7 +68,7 @@ class ScheduleConfig:
         """Return the share of the peak learning rate as a function of the steps done.
 
         Raises:
-            ValueError: Warm-up and decay do not fit into the run.
+            ValueError: Warm-up and decay do not fit into the run, or the rate would become negative.
         """
         if self.final_ratio < 0:
             raise ValueError(f"schedule: final_ratio is {self.final_ratio}; a learning rate cannot be negative")
