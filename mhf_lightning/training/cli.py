@@ -201,7 +201,8 @@ class MHFCLI(LightningCLI):
         config["default_root_dir"] = config.get("default_root_dir") or str(self.run_dir)
         if config.get("logger") is None and self.subcommand == "fit":
             logger = config["logger"] = RunTensorBoard(self.run_dir, self._resumed_step())
-            callbacks.insert(0, LambdaCallback(on_train_start=lambda *_: logger.take_back()))
+            if not config.get("fast_dev_run"):  # Lightning takes another logger for a trial, which writes nothing
+                callbacks.insert(0, LambdaCallback(on_train_start=lambda *_: logger.take_back()))
         elif config.get("logger") is None:
             config["logger"] = False
         return self._instantiate_trainer({**config, **kwargs}, callbacks)
