@@ -23,10 +23,9 @@ def replace_ffn(model: nn.Module, *, d_h: int, d_e: int, num_subnetworks: int | 
     """Replace every SwiGLU feed-forward layer of a Hugging Face Llama, Qwen, Mistral or the like by a new `FlashMHF`.
 
     A layer counts as one if it holds the linear layers `gate_proj`, `up_proj` and `down_proj`; one that several parents
-    share is replaced by one that they share. Device and dtype stay;
-    the new weights are random, so this is for a model that is to be pretrained. A Hugging Face model keeps the settings
-    in `model.config.flash_mhf`, with which the same layers are built again: `replace_ffn(model,
-    **model.config.flash_mhf)`.
+    share is replaced by one that they share. Device and dtype stay; the new weights are random, so this is for a model
+    that is to be pretrained. A Hugging Face model keeps the settings in `model.config.flash_mhf`, with which the same
+    layers are built again: `replace_ffn(model, **model.config.flash_mhf)`.
 
     Args:
         model: changed in place.

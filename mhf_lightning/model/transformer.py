@@ -73,8 +73,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.final_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        if config.tie_embeddings:
-            self.head.weight = self.embedding.weight
+        self.tie_head()
         if not self.embedding.weight.is_meta:
             self.reset_parameters()
 
@@ -94,16 +93,17 @@ class Decoder(nn.Module):
             assert isinstance(block, Block)
             block.activation_checkpointing = "full" if i < fully_checkpointed_blocks else mode
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw all weights: embedding, head and attention with std 0.02, the FFN as its initialisation says.
-
-        After `to_empty`, which takes them apart, a tied head is the embedding again.
-        """
-        nn.init.normal_(self.embedding.weight, std=0.02)
+    def tie_head(self) -> None:
+        """Make the embedding the output head, where the configuration says so; ``to_empty`` takes them apart."""
         if self.config.tie_embeddings:
             self.head.weight = self.embedding.weight
-        else:
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw all weights: embedding, head and attention with std 0.02, the FFN as its initialisation says."""
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.tie_head()
+        if not self.config.tie_embeddings:
             nn.init.normal_(self.head.weight, std=0.02)
         self.final_norm.reset_parameters()
         for block in self.blocks:

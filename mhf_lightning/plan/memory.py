@@ -85,8 +85,8 @@ def trace(step: Step, *, large_workspace: bool = True) -> LiveMemory:
         decoder = _place(step, mesh)  # on the meta device
         with FakeTensorMode(allow_non_fake_inputs=True), memory, cuda_kernels(), fused_loss(memory):
             decoder = decoder.to_empty(device="cpu")
-            if step.decoder.tie_embeddings and mesh is None:  # to_empty takes them apart; FSDP2 does not
-                decoder.head.weight = decoder.embedding.weight
+            if mesh is None:  # of what FSDP2 has sharded, to_empty keeps the tie
+                decoder.tie_head()
             run = _RUNS[step.strategy](step, decoder, memory)
             if compiled is not None:
                 for block in decoder.blocks:
