@@ -171,14 +171,21 @@ class _Run:
 
 
 class _DDPRun(_Run):
-    """Gradients are views of buckets that live as long as the run."""
+    """Buckets live as long as the run; a step's gradients move into them in its last backward."""
 
     def prepare(self) -> None:
         self.buckets: dict[Tensor, Tensor] = {p: torch.empty_like(p) for p in self.decoder.parameters()}
         self.memory.tag(self.buckets.values(), "gradients")
 
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        self.is_last = is_last
+        loss.backward()
+
     def on_gradient(self, parameter: Tensor) -> None:
-        parameter.grad = self.buckets[parameter]
+        if self.is_last:
+            parameter.grad = self.buckets[parameter]
+        else:
+            super().on_gradient(parameter)
 
 
 class _FSDP2Run(_Run):

@@ -164,6 +164,12 @@ def test_ddp_keeps_gradients_in_buckets():
     assert alone.at_peak["gradients"] < ddp.at_peak["gradients"] == ddp.now["gradients"]
 
 
+def test_ddp_accumulates_gradients_beside_its_buckets():
+    once, twice = step(strategy="ddp", data_parallel=2), step(strategy="ddp", data_parallel=2, accumulate=2)
+    assert twice.at_peak["gradients"] == 2 * once.at_peak["gradients"]
+    assert twice.now["gradients"] == once.now["gradients"]
+
+
 @pytest.mark.parametrize("shards", [{"data_parallel": 4}, {"data_parallel": 2, "tensor_parallel": 2}])
 def test_fsdp2_divides_what_the_optimiser_owns(shards):
     alone, sharded = step(), step(strategy="fsdp2", **shards)
