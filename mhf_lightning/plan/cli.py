@@ -133,8 +133,9 @@ def make_plan(options: Any, model: PretrainModule, data: TokenDataModule) -> Pla
             raise ValueError(f"{name} is {value:g}; it must be at least 1")
     decoder = model.decoder.config
     strategy = _strategy(options.trainer.strategy, gpus)
-    if strategy["strategy"] == "zero3" and model.compile_blocks:
-        raise ValueError("model.compile_blocks does not work with ZeRO-3; turn it off")
+    model.check_compiling(
+        zero_stage_3=strategy["strategy"] == "zero3", tensor_parallel=strategy.get("tensor_parallel", 1)
+    )
     step = Step(
         decoder,
         data.micro_batch_size,

@@ -108,6 +108,7 @@ class MHFCLI(LightningCLI):
         """Lock the run folder; look for the checkpoint that is asked for, and for a run not to be overwritten."""
         options = self.config[str(self.subcommand)]
         _check_trainer(options["trainer"])
+        _check_hardware(options["trainer"])
         if self.subcommand == "fit" and is_first_process():
             (make_writable if options["trainer"].get("fast_dev_run") else lock_run_folder)(self.run_dir)
         checkpoints = self.run_dir / "checkpoints"
@@ -193,8 +194,6 @@ class MHFCLI(LightningCLI):
         if config.get("precision") is None:
             on_gpu = torch.cuda.is_available() and config.get("accelerator") != "cpu"
             config["precision"] = "bf16-mixed" if on_gpu else "32-true"
-        if str(config["precision"]).startswith("16"):
-            raise ValueError("trainer.precision is float16, which needs loss scaling; use bf16-mixed or 32-true")
         config["strategy"] = choose_strategy(config)
         if SLURMEnvironment.detect() and not config.get("plugins"):
             config["plugins"] = [SLURMEnvironment(auto_requeue=False)]  # callbacks/preemption.py does that
@@ -304,13 +303,8 @@ def choose_strategy(config: dict[str, Any]) -> Any:
     """Replace the names ``auto`` and ``ddp`` by strategies whose checkpoints survive a kill.
 
     Raises:
-        ValueError: Another name, or a GPU is asked for where there is none.
+        ValueError: Another name.
     """
-    if config.get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise ValueError(
-            f"trainer.accelerator is {config['accelerator']!r}, and torch finds no GPU here; "
-            "on a CPU: --trainer.accelerator cpu --trainer.precision 32-true"
-        )
     strategy = config.get("strategy") or "auto"
     if not isinstance(strategy, str):
         return strategy
@@ -351,6 +345,31 @@ def _check_trainer(options: Any) -> None:
         value = options.get(key)
         if isinstance(value, int | float) and value <= 0:
             raise ValueError(f"trainer.{key} is {value}; it must be positive")
+
+
+def _check_hardware(options: Any) -> None:
+    """Refuse accelerators, devices and precisions that are not there, or that the model has not been made for.
+
+    Raises:
+        ValueError: There is one.
+    """
+    accelerator, devices, precision = (options.get(key) for key in ("accelerator", "devices", "precision"))
+    if accelerator not in (None, "auto", "cpu", "gpu", "cuda"):
+        raise ValueError(f"trainer.accelerator is {accelerator!r}; use auto, cpu or gpu")
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"trainer.accelerator is {accelerator!r}, and torch finds no GPU here; "
+            "on a CPU: --trainer.accelerator cpu --trainer.precision 32-true"
+        )
+    on_gpu = torch.cuda.is_available() and accelerator != "cpu"
+    is_number = str(devices).strip().isdigit() and int(devices) > 0
+    if not (is_number or devices in (None, "auto")) and (not on_gpu or devices in (0, "0")):
+        kinds = "GPUs" if on_gpu else "processes on the CPU"
+        raise ValueError(f"trainer.devices is {devices!r}; give the number of {kinds}, at least 1, or auto")
+    if str(precision).startswith("16"):
+        raise ValueError("trainer.precision is float16, which needs loss scaling; use bf16-mixed or 32-true")
+    if precision is not None and not str(precision).startswith(("32", "bf16")):
+        raise ValueError(f"trainer.precision is {precision!r}; use 32-true, bf16-mixed or bf16-true")
 
 
 def _quieten() -> None:

@@ -152,7 +152,10 @@ class PretrainModule(LightningModule):
         if self._model_configured:
             return
         mesh: Any = self.device_mesh  # of FSDP2 and tensor parallelism, else None
-        self._check_compiling(is_split=mesh is not None and mesh["tensor_parallel"].size() > 1)
+        self.check_compiling(
+            zero_stage_3=getattr(self.trainer.strategy, "zero_stage_3", False),
+            tensor_parallel=1 if mesh is None else mesh["tensor_parallel"].size(),
+        )
         self._model_configured = True
         if self.init_from is not None:
             load_weights(self.decoder, Path(self.init_from))
@@ -196,13 +199,21 @@ class PretrainModule(LightningModule):
             loop.val_loop.run()
             self.trainer.training = True
 
-    def _check_compiling(self, is_split: bool) -> None:
-        """Refuse what torch.compile cannot do (torch 2.11 to 2.13)."""
+    def check_compiling(self, zero_stage_3: bool, tensor_parallel: int) -> None:
+        """Refuse what torch.compile cannot do (torch 2.11 to 2.13).
+
+        Args:
+            zero_stage_3: Whether DeepSpeed shards the weights.
+            tensor_parallel: GPUs over which heads are split.
+
+        Raises:
+            ValueError: Blocks are to be compiled, and cannot be.
+        """
         if not self.compile_blocks:
             return
-        if getattr(self.trainer.strategy, "zero_stage_3", False):
+        if zero_stage_3:
             raise ValueError("model.compile_blocks does not work with ZeRO-3, whose hooks break the graph; turn it off")
-        if is_split and (self.activation_checkpointing in ("ffn", "full") or self.fully_checkpointed_blocks):
+        if tensor_parallel > 1 and (self.activation_checkpointing in ("ffn", "full") or self.fully_checkpointed_blocks):
             raise ValueError(
                 "model.compile_blocks with tensor parallelism does not work with blocks that do not keep attention's "
                 "output; set model.activation_checkpointing to selective or none, and "

@@ -272,7 +272,14 @@ def test_a_run_that_does_not_fit_exits_with_1_and_says_what_to_change(capsys):
         (["--trainer.accumulate_grad_batches=0"], "trainer.accumulate_grad_batches is 0; it must be at least 1"),
         (
             ["--gpus=2", "--config", str(CONFIGS / "trainer/deepspeed_zero3.yaml"), "--model.compile_blocks=true"],
-            "model.compile_blocks does not work with ZeRO-3; turn it off",
+            "model.compile_blocks does not work with ZeRO-3, whose hooks break the graph; turn it off",
+        ),
+        (
+            [
+                *("--gpus=2", "--config", str(CONFIGS / "trainer/fsdp2_tp.yaml")),
+                *("--model.compile_blocks=true", "--model.activation_checkpointing=full"),
+            ],
+            "model.compile_blocks with tensor parallelism does not work with blocks that do not keep attention's",
         ),
         (["--trainer.devices=auto"], "trainer.devices is auto, which is no number of GPUs; give --gpus"),
         (["--mfu=1.5"], "--mfu is 1.5; it must be above 0 and at most 1"),

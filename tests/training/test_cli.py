@@ -220,6 +220,22 @@ def test_options_that_would_lose_or_repeat_samples_are_refused(option, value, wh
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "why"),
+    [
+        ("accelerator", "tpu", "trainer.accelerator is 'tpu'; use auto, cpu or gpu"),
+        ("devices", "0", "give the number of processes on the CPU, at least 1, or auto"),
+        ("devices", "two", "trainer.devices is 'two'; give the number of processes on the CPU"),
+        ("precision", "16-mixed", "trainer.precision is float16, which needs loss scaling"),
+        ("precision", "64-true", "trainer.precision is '64-true'; use 32-true, bf16-mixed or bf16-true"),
+    ],
+)
+def test_hardware_that_is_not_there_is_an_error(option, value, why, corpus, tmp_path):
+    args = [*SMALL, "--data.path", str(corpus), "--data.micro_batch_size", "4", "--run_dir", str(tmp_path / "run")]
+    assert why in mhf("fit", *args, "--trainer.accelerator", "cpu", f"--trainer.{option}", value, code=2)
+    assert not (tmp_path / "run").exists()
+
+
 def test_validation_of_nothing_is_an_error(trained):
     _, args, _ = trained
     assert "give --ckpt_path" in mhf("validate", *args, code=2)
