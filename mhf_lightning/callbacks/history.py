@@ -36,7 +36,7 @@ class History(Callback):
         self._file: int | None = None
         self._started = False
         self._parameters = ParameterCount(0, 0)
-        self._last_progress = -1, 0.0  # step and monotonic time
+        self._last_progress = 0, -math.inf  # step and monotonic time
         self._saving: dict[int, dict[str, Any]] = {}  # what to write of a step when its checkpoint is committed
 
     def setup(self, trainer: Trainer, pl_module: PretrainModule, stage: str) -> None:  # type: ignore[override]
@@ -53,6 +53,7 @@ class History(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: PretrainModule) -> None:  # type: ignore[override]
         """Write the start (a collective: every rank tells its host)."""
+        self._last_progress = trainer.global_step, -math.inf
         hosts: list[Any] = [socket.gethostname()]
         if dist.is_available() and dist.is_initialized():
             hosts = [None] * dist.get_world_size()
@@ -77,7 +78,7 @@ class History(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: PretrainModule, *_: object) -> None:  # type: ignore[override]
         """Write progress, after the first step of this start and then when it is due."""
         step, written = self._last_progress
-        if trainer.global_step > step and (step < 0 or time.monotonic() - written >= SECONDS_BETWEEN_PROGRESS):
+        if trainer.global_step > step and time.monotonic() - written >= SECONDS_BETWEEN_PROGRESS:
             self._progress(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: PretrainModule) -> None:  # type: ignore[override]

@@ -340,14 +340,25 @@ def _read_hub(source: Source, text_key: str, bad: BadDocuments) -> Iterator[Docu
 
 
 def _load_hub(location: str) -> Any:
-    """`hf://NAME[@CONFIG][:SPLIT]`, by name or local folder; SPLIT is "train" unless given."""
+    """`hf://NAME[@CONFIG][:SPLIT]`, by name or local folder; SPLIT is "train" unless given.
+
+    A folder of ``Dataset.save_to_disk`` is one split, and need not be named.
+    """
     import datasets
 
     name, _, split = location[len(HUB_PREFIX) :].partition(":")
     name, _, config = name.partition("@")
     try:
+        if Path(name, "dataset_dict.json").is_file():
+            splits = datasets.load_from_disk(name)
+            if (split or "train") not in splits:
+                raise ValueError(f"no split {split or 'train'!r}; there are {', '.join(map(repr, splits))}")
+            return splits[split or "train"]
         if Path(name, "state.json").is_file():
-            return datasets.load_from_disk(name)
+            dataset = datasets.load_from_disk(name)
+            if split and split != str(dataset.split or "train"):
+                raise ValueError(f"the folder holds one split only, {str(dataset.split or 'train')!r}")
+            return dataset
         return datasets.load_dataset(name, config or None, split=split or "train")
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(

@@ -55,6 +55,7 @@ from mhf_lightning.training.ranks import data_parallel_ranks, is_first_of_replic
 from mhf_lightning.training.run_lock import lock_run_folder, make_writable
 
 PARSER_MODE = "omegaconf+"
+FOLDERS = ("run_dir", "ckpt_path", "data.path", "model.init_from")
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_steps": 1000,
@@ -107,6 +108,9 @@ class MHFCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Lock the run folder; look for the checkpoint that is asked for, and for a run not to be overwritten."""
         options = self.config[str(self.subcommand)]
+        for key in FOLDERS:
+            if isinstance(options.get(key), str):
+                options[key] = os.path.expanduser(options[key])
         _check_trainer(options["trainer"])
         _check_hardware(options["trainer"])
         if self.subcommand == "fit" and is_first_process():

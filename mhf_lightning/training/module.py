@@ -223,7 +223,10 @@ class PretrainModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW and the schedule, stepped after every optimiser step."""
         optimizer = build_adamw(self.decoder, self.optimizer_config)
-        factor = self.schedule_config.factor(self.trainer.max_steps)
+        schedule, steps = self.schedule_config, self.trainer.max_steps
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined] # a trial may end within the warm-up
+            steps = max(steps, schedule.warmup_steps + schedule.decay_steps)
+        factor = schedule.factor(steps)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

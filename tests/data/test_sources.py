@@ -97,7 +97,15 @@ def test_hub_local_folders(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"cannot load hf://.*:nope: .*nope"):
         read(f"hf://{tmp_path}/hub:nope", text_key="body")
     datasets.Dataset.from_dict({"text": ["s1"]}).save_to_disk(str(tmp_path / "saved"))
-    assert texts_of(f"hf://{tmp_path}/saved") == ["s1"]
+    assert texts_of(f"hf://{tmp_path}/saved") == texts_of(f"hf://{tmp_path}/saved:train") == ["s1"]
+    with pytest.raises(DataError, match="the folder holds one split only, 'train'"):
+        read(f"hf://{tmp_path}/saved:test")
+    splits = {"train": datasets.Dataset.from_dict({"text": ["s2"]}), "test": datasets.Dataset.from_dict({"text": ["s3"]})}
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "splits"))
+    assert texts_of(f"hf://{tmp_path}/splits") == ["s2"]
+    assert texts_of(f"hf://{tmp_path}/splits:test") == ["s3"]
+    with pytest.raises(DataError, match="no split 'dev'; there are 'train', 'test'"):
+        read(f"hf://{tmp_path}/splits:dev")
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------

@@ -161,12 +161,14 @@ def test_an_error_in_training_is_none_of_the_options(corpus, tmp_path):
 def test_two_ranks_write_one_history(corpus, tmp_path):
     run_dir = tmp_path / "runs/two"
     two = ("--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_steps", "8")
+    two += ("--trainer.accumulate_grad_batches", "2")
     assert begin(run_dir, corpus, *two).wait() == 0, (tmp_path / "runs/out").read_text()
     history = lines(run_dir)
     events = ["start", "progress", "validation", "progress", "checkpoint", "end"]
     assert [line["event"] for line in history] == events
     assert (history[0]["world_size"], len(history[0]["hosts"])) == (2, 1)
-    assert history[-1]["tokens"] == 8 * 2 * 64
+    assert (history[1]["step"], history[1]["loss"] is None) == (1, False)  # not after its first micro-batch
+    assert history[-1]["tokens"] == 8 * 2 * 2 * 64
     assert history[-1]["reason"] == "completed"
 
 

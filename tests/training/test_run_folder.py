@@ -250,9 +250,20 @@ def test_a_trial_of_a_few_steps_writes_nothing(corpus, tmp_path, more):
     if more:
         mhf("fit", *arguments(corpus, run_dir, "--trainer.max_steps", "1"))
     before = contents(tmp_path)
-    printed = mhf("fit", *arguments(corpus, run_dir, *more, "--trainer.fast_dev_run", "2"))
+    more = [*more, "--model.schedule.warmup_steps", "20", "--trainer.fast_dev_run", "2"]  # a trial ends before it
+    printed = mhf("fit", *arguments(corpus, run_dir, *more))
     assert "max_steps=2` reached" in printed
     assert contents(tmp_path) == before
+
+
+@pytest.mark.slow
+def test_a_tilde_is_the_home_folder(corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "data").symlink_to(corpus)
+    monkeypatch.chdir(tmp_path)
+    mhf("fit", *arguments(Path("~/data"), Path("~/run"), "--trainer.max_steps", "1"))
+    assert (tmp_path / "run/checkpoints/step-1").is_dir()
+    assert not (tmp_path / "~").exists()
 
 
 @pytest.mark.slow
