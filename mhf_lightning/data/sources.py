@@ -197,7 +197,7 @@ def _read_jsonl(source: Source, text_key: str, bad: BadDocuments) -> Iterator[Do
 def _parse_line(line: str, origin: str, text_key: str, bad: BadDocuments) -> Document | None:
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers of more digits than Python reads
         bad.reject(f"{origin}: malformed JSON line ({error})", "Correct the line: one JSON object on each")
         return None
     if not isinstance(row, dict):

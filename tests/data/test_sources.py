@@ -100,7 +100,7 @@ def test_hub_local_folders(tmp_path, monkeypatch):
     assert texts_of(f"hf://{tmp_path}/saved") == texts_of(f"hf://{tmp_path}/saved:train") == ["s1"]
     with pytest.raises(DataError, match="the folder holds one split only, 'train'"):
         read(f"hf://{tmp_path}/saved:test")
-    splits = {"train": datasets.Dataset.from_dict({"text": ["s2"]}), "test": datasets.Dataset.from_dict({"text": ["s3"]})}
+    splits = {name: datasets.Dataset.from_dict({"text": [text]}) for name, text in (("train", "s2"), ("test", "s3"))}
     datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "splits"))
     assert texts_of(f"hf://{tmp_path}/splits") == ["s2"]
     assert texts_of(f"hf://{tmp_path}/splits:test") == ["s3"]
@@ -144,6 +144,7 @@ def test_no_input():
         ('{"text": 5}', r"bad.jsonl:2: 'text' is int, not a text"),
         ('{"text": "a\\ud800b"}', r"bad.jsonl:2: 'text' holds half a surrogate pair at character 1"),
         ("[" * 100_000, r"bad.jsonl:2: malformed JSON line"),
+        (f'{{"text": "a", "id": {"9" * 5000}}}', r"bad.jsonl:2: malformed JSON line"),
     ],
 )
 def test_bad_jsonl_line(tmp_path, line, problem):
