@@ -8,6 +8,7 @@ import sys
 from importlib import import_module
 
 from mhf_lightning import __version__
+from mhf_lightning.output import flush
 from mhf_lightning.signals import block_stop_signals
 
 HELP = f"""mhf {__version__}: pretrain language models with FlashMHF feed-forward layers
@@ -81,7 +82,10 @@ def main(args: list[str] | None = None) -> None:
             from mhf_lightning.training.cli import run
         except KeyboardInterrupt:  # the import takes seconds
             sys.exit("mhf: interrupted before anything was begun")
-        run(args)
+        try:
+            run(args)
+        finally:
+            flush()
 
 
 if __name__ == "__main__":

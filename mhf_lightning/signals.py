@@ -1,4 +1,4 @@
-"""Signals that ask a run to save and leave. Standard library only: cli.py calls it before anything slow is imported.
+"""Signals that ask a run to save and leave. Standard library and output.py only: cli.py calls it before anything slow is imported.
 
 The stop signals are blocked and looked for between two steps, where a handler could interrupt anything. Blocked, one
 that comes during import, compilation, validation or a save stays pending until then; Lightning's own handlers, which
@@ -13,6 +13,8 @@ import os
 import signal
 import threading
 from types import FrameType
+
+from mhf_lightning.output import leave_closed_pipe
 
 STOP_SIGNALS = frozenset((signal.SIGUSR1, signal.SIGTERM))
 
@@ -69,4 +71,7 @@ class Interrupt:
         self.requested = True
         self.release()
         if self._answer:
-            os.write(2, self._answer)  # print may be what it interrupts
+            try:
+                os.write(2, self._answer)  # print may be what it interrupts
+            except OSError as error:
+                leave_closed_pipe(error, 2)

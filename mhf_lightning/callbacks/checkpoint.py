@@ -66,6 +66,8 @@ class StepCheckpoint(Checkpoint):
     def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
         """Save after an optimiser step whose number says so; the last one is saved when it has been validated."""
         step = trainer.global_step
+        if trainer.fit_loop._should_accumulate():
+            return  # the step of another run's checkpoint, and part of the next one
         if step > self._saved and step % self.config.every_n_steps == 0 and step != trainer.max_steps:
             self.save(trainer)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mhf_lightning.callbacks import is_logging_step
 from mhf_lightning.callbacks.deferred import Deferring
+from mhf_lightning.output import say
 
 MEASURED = ("throughput/", "memory/")
 
@@ -132,13 +133,13 @@ class ProgressLines(Deferring, ProgressBar):
 
     def _print(self, trainer: Trainer, step: int, values: dict[str, str], left: dict[str, str]) -> None:
         words = _words(values | measured(trainer) | left)
-        print(f"step {step:,}/{trainer.max_steps:,}", *words, sep="  ", flush=True)
+        say(f"step {step:,}/{trainer.max_steps:,}", *words, sep="  ")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print what validation found."""
         if self._enabled and trainer.state.fn == "fit" and not trainer.sanity_checking:
             loss, perplexity = (float(trainer.callback_metrics[f"val/{key}"]) for key in ("loss", "perplexity"))
-            print(f"step {trainer.global_step:,}: validation loss {loss:.4f}, perplexity {perplexity:,.2f}", flush=True)
+            say(f"step {trainer.global_step:,}: validation loss {loss:.4f}, perplexity {perplexity:,.2f}")
 
 
 def _words(values: dict[str, str]) -> list[str]:

@@ -109,12 +109,14 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        CheckpointError: It is missing or no JSON.
+        CheckpointError: It is missing, cannot be read, or is no JSON.
     """
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: it is no JSON") from error
 

@@ -106,9 +106,12 @@ def verify(folder: str | Path) -> Manifest:
     if _verified.get(folder) != tuple(seen):
         with ThreadPoolExecutor(usable_cores()) as pool:
             hashes = pool.map(sha256_of, [folder / entry.name for entry in manifest.files])
-            for entry, found in zip(manifest.files, hashes, strict=True):
-                if found != entry.sha256:
-                    raise CheckpointError(f"{folder / entry.name} is damaged: its hash does not match")
+            try:
+                for entry, found in zip(manifest.files, hashes, strict=True):
+                    if found != entry.sha256:
+                        raise CheckpointError(f"{folder / entry.name} is damaged: its hash does not match")
+            except OSError as error:
+                raise CheckpointError(f"{error.filename or folder} cannot be read: {error.strerror}") from error
         _verified[folder] = tuple(seen)
     return manifest
 
@@ -173,10 +176,29 @@ def point_latest(path: Path) -> None:
     fsync_folder(path.parent)
 
 
+def _content(folder: Path) -> list[Path]:
+    """What lies in a folder; where it does not exist, nothing.
+
+    Raises:
+        CheckpointError: It cannot be read: there may be checkpoints.
+    """
+    try:
+        return sorted(folder.iterdir())
+    except FileNotFoundError as error:
+        if folder.is_symlink():
+            raise CheckpointError(f"{folder} is a link to {folder.readlink()}, which is not there") from error
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error.strerror}") from error
+
+
 def checkpoints(folder: str | Path) -> dict[int, Path]:
-    """The committed checkpoints of a folder by step, the newest first."""
-    folder = Path(folder)
-    found = {int(name[1]): path for path in folder.glob("step-*") if (name := _COMMITTED.fullmatch(path.name))}
+    """The committed checkpoints of a folder by step, the newest first.
+
+    Raises:
+        CheckpointError: The folder cannot be read.
+    """
+    found = {int(name[1]): path for path in _content(Path(folder)) if (name := _COMMITTED.fullmatch(path.name))}
     return dict(sorted(found.items(), reverse=True))
 
 
@@ -193,7 +215,7 @@ def prune(folder: Path, keep_last: int, keep_every: int | None = None) -> None:
 
 def remove_unfinished(folder: Path) -> None:
     """Remove temporary folders; a warning names those that stay, as NFS keeps a file that another process reads."""
-    for leftover in folder.glob("step-*.tmp"):
+    for leftover in (path for path in _content(folder) if path.match("step-*.tmp")):
         shutil.rmtree(leftover, ignore_errors=True)
         if leftover.exists():
             warnings.warn(f"{leftover} could not be removed; the next save tries again", stacklevel=2)
@@ -264,7 +286,7 @@ def find_newest_valid(folder: str | Path, verify_files: bool = True) -> tuple[Pa
             return path, messages
         except CheckpointError as error:
             messages.append(str(error))
-    traces = [path.name for path in folder.glob("*") if not path.name.endswith(".tmp")]
+    traces = [path.name for path in _content(folder) if not path.name.endswith(".tmp")]
     if traces:
         reasons = "; ".join(messages) or f"it holds {', '.join(sorted(traces)[:5])}"
         raise CheckpointError(

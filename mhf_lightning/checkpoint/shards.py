@@ -219,11 +219,14 @@ def write(path: Path, content: Snapshot, step: int, about: dict[str, Any], ranks
 
 def after_commit(path: Path, options: SaveOptions) -> None:
     """Move ``latest``, then remove the checkpoints that are not to be kept; failing at that is not worth the run."""
-    point_latest(path)
+    try:
+        point_latest(path)
+    except (OSError, CheckpointError) as error:
+        warnings.warn(f"{path} is saved, but 'latest' could not be moved to it: {error}", stacklevel=2)
     if options.keep_last is not None:
         try:
             prune(path.parent, options.keep_last, options.keep_every)
-        except OSError as error:
+        except (OSError, CheckpointError) as error:
             warnings.warn(f"{path} is saved, but older ones could not be removed: {error}", stacklevel=2)
 
 

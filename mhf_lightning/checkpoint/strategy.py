@@ -6,6 +6,7 @@ Knows Lightning; imports the other modules of this package.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +14,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from mhf_lightning.checkpoint.files import CheckpointError
@@ -127,17 +129,25 @@ class ShardedCheckpoints(CommittedCheckpoints):
         return optimizer_state(self.lightning_module, optimizer)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Save a trainer's state (a collective). An error of the previous save in the background is raised here.
+        """Save a trainer's state (a collective).
+
+        Where the previous save in the background has failed, this one is waited for: if it succeeds, nothing is lost,
+        and a warning names the one that is missing.
 
         Args:
             checkpoint: What Lightning collected.
             filepath: The folder to become.
             storage_options: :class:`~mhf_lightning.checkpoint.shards.SaveOptions`; by default nothing is pruned, and
                 the save is done when this returns.
+
+        Raises:
+            CheckpointError: It failed.
         """
-        options = storage_options or SaveOptions()
-        self.saver.wait()
-        ranks = self.ranks
+        options, ranks, failure = storage_options or SaveOptions(), self.ranks, None
+        try:
+            self.saver.wait()
+        except CheckpointError as error:
+            failure, options = error, replace(options, background=False)
         rest = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
         state = {f"model/{name}": tensor for name, tensor in checkpoint["state_dict"].items()}
         rest["optimizer_states"] = []
@@ -161,6 +171,8 @@ class ShardedCheckpoints(CommittedCheckpoints):
             self.on_commit(step)
 
         self.saver.run(save, options.background)
+        if failure is not None:
+            rank_zero_warn(f"{path} is saved, but the checkpoint before it is missing: {failure}")
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Verify a checkpoint and read all but its tensors, which follow when Lightning asks for them."""

@@ -48,12 +48,12 @@ def main(args: list[str]) -> int:
 
 def show(runs: list[Run], folder: Path) -> None:
     """Print the table, and below it what is wrong with single runs."""
-    table = Table(title=f"Runs in {folder}")
+    table = Table(title=Text(f"Runs in {folder}"))
     for column in ("run", "state", "job", *_NUMBERS, "last checkpoint"):
         table.add_column(column, justify="right" if column in _NUMBERS else "left", overflow="fold")
     notes = []
     for run in runs:
-        name = run.run_dir.name if run.run_dir == folder else str(run.run_dir.relative_to(folder))
+        name = folder.resolve().name if run.run_dir == folder else str(run.run_dir.relative_to(folder))
         state = "damaged" if run.damage else run.state
         steps = "-" if run.step is None else f"{run.step:,}"
         cells: list[str | Text] = [

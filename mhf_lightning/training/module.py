@@ -119,6 +119,7 @@ class PretrainModule(LightningModule):
         self._uncounted: _Step | None = None  # the last step, until the host knows of it
         self._positions_per_batch = 0
         self._window: list[tuple[Tensor, Tensor]] = []  # ([nll, tokens] float64, sample_index) of each micro-batch
+        self._stop_is_due = False  # when the step is done
 
     def configure_callbacks(self) -> list[Callback]:
         """Bring the callback without which a resume would not be exact."""
@@ -175,7 +176,7 @@ class PretrainModule(LightningModule):
         Raises:
             ValueError: There is nothing to tune: no FlashMHF, or no GPU.
         """
-        self._window, self._uncounted = [], None
+        self._window, self._uncounted, self._stop_is_due = [], None, False
         if not self.tune_kernels:
             return
         d_h = {layer.d_h for layer in self.decoder.modules() if isinstance(layer, FlashMHF)}
@@ -359,8 +360,16 @@ class PretrainModule(LightningModule):
         self.tokens_seen += self._positions_per_batch * data_parallel_ranks(self.trainer)[1]
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """After the last step ask Lightning to stop, before which it validates (and logs), whatever the interval."""
+        """After the last step ask Lightning to stop, before which it validates (and logs), whatever the interval.
+
+        Who asks within a step (``trainer.max_time``) is heard at its end: else its first micro-batches would be lost.
+        """
         trainer = self.trainer
+        if trainer.fit_loop._should_accumulate():
+            self._stop_is_due |= trainer.should_stop
+            trainer.should_stop = False
+            return
+        trainer.should_stop |= self._stop_is_due
         if 0 < trainer.max_steps <= trainer.global_step and trainer.enable_validation:
             trainer.should_stop = True
 

@@ -164,6 +164,17 @@ def test_ctrl_c_in_a_terminal_saves_and_says_how_to_go_on(fit):
     assert max(checkpoints(run.run_dir / "checkpoints")) == step + 2
 
 
+def test_ctrl_c_saves_though_nobody_reads_the_output_any_more(fit):
+    """Ctrl-C in `mhf fit | tee` ends tee too."""
+    run = fit(*ONE_PROCESS, "--trainer.max_steps", "100000")
+    run.wait_for(lambda: "step 3/" in run.output)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), run.master)
+    run.to_all(signal.SIGINT)
+    assert run.end() == EXIT_INTERRUPTED
+    (step,) = checkpoints(run.run_dir / "checkpoints")
+    assert (run.history()[-1]["step"], run.history()[-1]["reason"]) == (step, "preempted")
+
+
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, EXIT_INTERRUPTED), (signal.SIGTERM, EXIT_PREEMPTED)], ids=["SIGINT", "SIGTERM"]
 )

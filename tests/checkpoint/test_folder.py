@@ -220,6 +220,45 @@ def test_what_cannot_be_removed_yet_does_not_stop_the_run(tmp_path, monkeypatch)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-2", "step-3"]
 
 
+def test_a_latest_that_cannot_be_moved_does_not_stop_the_run(tmp_path):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    (tmp_path / "latest").unlink(missing_ok=True)
+    (tmp_path / "latest").mkdir()
+    with pytest.warns(UserWarning, match=r"step-2 is saved, but 'latest' could not be moved to it: .*directory"):
+        after_commit(tmp_path / "step-2", SaveOptions(keep_last=1))
+    assert list(checkpoints(tmp_path)) == [2]
+
+
+def test_a_folder_that_cannot_be_read_is_not_an_empty_one(tmp_path):
+    """Else `--ckpt_path auto` would begin again, and set aside what it could not see."""
+    assert find_newest_valid(tmp_path / "nothing") == (None, [])
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "scratch")
+    with pytest.raises(CheckpointError, match=r"checkpoints is a link to .*scratch, which is not there"):
+        find_newest_valid(tmp_path / "checkpoints")
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="file cannot be read: Not a directory"):
+        find_newest_valid(tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "shard-00000.safetensors"])
+def test_a_checkpoint_that_cannot_be_read_is_skipped(tmp_path, monkeypatch, name):
+    save(tmp_path, 1)
+    path, reads = save(tmp_path, 2) / name, {"read_bytes": Path.read_bytes, "open": Path.open}
+
+    def refuse(method):
+        def read(self, *args, **kwargs):
+            if self == path:
+                raise OSError(errno.EIO, "Input/output error", str(path))
+            return reads[method](self, *args, **kwargs)
+
+        return read
+
+    for method in reads:
+        monkeypatch.setattr(Path, method, refuse(method))
+    assert find_newest_valid(tmp_path) == (tmp_path / "step-1", [f"{path} cannot be read: Input/output error"])
+
+
 def test_a_run_that_goes_back_sets_later_checkpoints_aside(tmp_path):
     for step in (5, 10, 15):
         save(tmp_path, step)

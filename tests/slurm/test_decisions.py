@@ -42,7 +42,9 @@ class Script:
         (self.folder / "checkout/mhf_lightning/cli.py").touch()
         shutil.copytree(SLURM, self.folder / "checkout/slurm")
 
-    def start(self, ranks: str = "exit 0", job: str = "7", restart: int = 0, **environment: str) -> tuple[int, str]:
+    def start(
+        self, ranks: str = "exit 0", job: str = "7", restart: int = 0, arguments: tuple = (), **environment: str
+    ) -> tuple[int, str]:
         """Start a job, whose ranks do as told; its exit code, and what it printed."""
         (self.folder / "ranks").write_text(ranks)
         (self.folder / "queue").write_text(f"{job}\n{environment.pop('QUEUE', '')}\n")
@@ -57,7 +59,8 @@ class Script:
             "SLURM_CPUS_ON_NODE": "1",
             "SLURM_SUBMIT_DIR": str(self.folder / "checkout"),
         }
-        command = ["bash", str(SLURM / "pretrain.sbatch"), "--run_dir", str(self.folder / "run")]
+        arguments = arguments or ("--run_dir", str(self.folder / "run"))
+        command = ["bash", str(SLURM / "pretrain.sbatch"), *arguments]
         done = subprocess.run(
             command, env={**settings, **environment}, cwd=self.folder, capture_output=True, text=True, check=False
         )
@@ -116,6 +119,39 @@ def test_a_controller_that_does_not_answer_does_not_free_the_run_folder(script):
     assert "job 7, still in the queue, uses" in printed
     (script.folder / "away").touch()
     assert script.start(job="8")[0] == 0
+
+
+def test_of_two_jobs_that_begin_together_one_is_refused(script):
+    """The second finds no owner yet, but the link of the first, which copies the code."""
+    claim = script.folder / "run/slurm/claim"
+    claim.parent.mkdir(parents=True)
+    claim.symlink_to("7")
+    code, printed = script.start(job="8", QUEUE="7")
+    assert code == 2
+    assert "job 7 begins in" in printed
+    assert os.readlink(claim) == "7"
+    assert script.start(job="8")[0] == 0  # the first has been killed in it
+    assert not claim.is_symlink()
+
+
+def test_a_start_that_was_killed_before_it_owned_the_folder_does_not_leave_old_code(script):
+    assert script.start(job="7")[0] == 0
+    assert script.start(job="8")[0] == 0
+    (script.folder / "run/slurm/job").write_text("7\n")
+    (script.folder / "checkout/mhf_lightning/cli.py").write_text("newest")
+    code, printed = script.start(job="9")
+    assert (code, "cannot move" in printed) == (0, False)
+    assert (script.folder / "run/code/mhf_lightning/cli.py").read_text() == "newest"
+    assert sorted(path.name for path in (script.folder / "run").glob("code*")) == ["code", "code-7", "code-7x"]
+
+
+@pytest.mark.parametrize("option", [("--config", "mine.yaml"), ("--config=mine.yaml",)])
+def test_a_run_dir_in_a_config_is_refused(script, option):
+    (script.folder / "mine.yaml").write_text("trainer:\n  max_steps: 1\nrun_dir: runs/mine\n")
+    code, printed = script.start(arguments=option)
+    assert code == 2
+    assert "the run_dir of mine.yaml is not read here: give it as --run_dir" in printed
+    assert script.start(arguments=(*option, "--run_dir", "runs/mine"))[0] == 0
 
 
 def test_code_that_cannot_be_read_whole_is_not_run(script):

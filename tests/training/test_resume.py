@@ -11,8 +11,9 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 
 from mhf_lightning.callbacks.checkpoint import CheckpointConfig, StepCheckpoint
 from mhf_lightning.checkpoint import strategy
+from mhf_lightning.checkpoint.files import CheckpointError
 from mhf_lightning.checkpoint.folder import checkpoints, verify
-from mhf_lightning.checkpoint.shards import Saver
+from mhf_lightning.checkpoint.shards import Saver, write
 from mhf_lightning.checkpoint.strategy import MHFSingleDevice
 from mhf_lightning.data.datamodule import TokenDataModule
 from mhf_lightning.data.manifest import Manifest
@@ -303,3 +304,40 @@ def test_another_gate_is_another_architecture():
     check_config(sigmoid, sigmoid.to_dict())
     with pytest.raises(ValueError, match=r"another architecture: ffn.gate: model softmax, checkpoint sigmoid"):
         check_config(softmax, sigmoid.to_dict())
+
+
+def test_a_run_from_another_s_checkpoint_saves_between_steps(corpus, decoder_config, tmp_path):
+    """The first micro-batch of a branch comes while the step is still that of the checkpoint, which is due for a save."""
+    run(corpus, decoder_config, tmp_path / "whole", 0)
+    run(corpus, decoder_config, tmp_path / "branch", 0, ckpt_path=tmp_path / "whole" / "step-5")
+    (path,) = (tmp_path / "branch").glob("step-*")
+    assert verify(path).files == verify(tmp_path / "whole" / "step-10").files
+
+
+class AskToStop(Callback):
+    """Asks in the middle of the third step."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop |= batch_idx == 2 * 4 + 1
+
+
+def test_a_request_to_stop_within_a_step_is_heard_at_its_end(corpus, decoder_config, tmp_path):
+    _, module, trainer = run(corpus, decoder_config, tmp_path, 0, extra=AskToStop())
+    assert trainer.global_step == 3
+    assert module.tokens_seen == 3 * 4 * 3 * 16
+    assert verify(tmp_path / "step-3").about["consumed_samples"] == 3 * 4 * 3
+
+
+def test_a_background_save_that_fails_does_not_cost_the_next_one(corpus, decoder_config, tmp_path, monkeypatch):
+    def fail_once(path, *args):
+        if path.name == "step-8":
+            raise CheckpointError("No space left on device")
+        write(path, *args)
+
+    monkeypatch.setattr(strategy, "write", fail_once)
+    with pytest.warns(UserWarning, match="step-10 is saved, but the checkpoint before it is missing: No space left"):
+        run(corpus, decoder_config, tmp_path, 0, every=4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-10", "step-4"]
+    monkeypatch.setattr(strategy, "write", lambda *_: fail_once(Path("step-8")))
+    with pytest.raises(CheckpointError, match="No space left"):
+        run(corpus, decoder_config, tmp_path / "none", 0, every=4)
