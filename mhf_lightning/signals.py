@@ -1,4 +1,4 @@
-"""Signals that ask a run to save and leave. Standard library and output.py only: cli.py calls it before anything slow is imported.
+"""Signals that ask a run to save and leave. Imports output.py alone: cli.py calls it before anything slow is imported.
 
 The stop signals are blocked and looked for between two steps, where a handler could interrupt anything. Blocked, one
 that comes during import, compilation, validation or a save stays pending until then; Lightning's own handlers, which

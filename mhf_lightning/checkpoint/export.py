@@ -46,20 +46,15 @@ def export_full(trained: Trained, output: Path) -> None:
     Raises:
         ValueError: ``output`` has another ending, or a file is there already, or cannot be written.
     """
-    from mhf_lightning.checkpoint.files import write_json, write_tensors
+    from mhf_lightning.checkpoint.files import appearing, write_json, write_tensors
 
     if output.suffix != ".safetensors":  # of flash-1.3b, with_suffix would make flash-1.json
         raise ValueError(f"OUT is {output}; give a file whose name ends in .safetensors, such as {output}.safetensors")
     about = output.with_suffix(".json")
-    for path in (output, about):
-        if path.exists():
-            raise ValueError(f"{path} exists; move it away, or give another OUT")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(output.name + ".tmp")
-    unfinished.unlink(missing_ok=True)
-    write_tensors(unfinished, trained.weights)
-    write_json(about, {"decoder": trained.config.to_dict(), "step": trained.step, "tokens_seen": trained.tokens_seen})
-    unfinished.rename(output)
+    content = {"decoder": trained.config.to_dict(), "step": trained.step, "tokens_seen": trained.tokens_seen}
+    with appearing(output) as weights, appearing(about) as text:
+        write_tensors(weights, trained.weights)
+        write_json(text, content)
 
 
 def main(args: list[str]) -> int:

@@ -8,8 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +106,32 @@ def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
         if not data.is_cpu:
             data = memory[: data.numel() * data.element_size()].view(data.dtype).view(data.shape).copy_(data)
         yield data.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+@contextmanager
+def appearing(target: Path) -> Iterator[Path]:
+    """Give a path to make a file or folder at, which gets its name when the block ends well, and is removed otherwise.
+
+    Raises:
+        ValueError: There is something of that name, or it cannot be written.
+    """
+    if target.exists():
+        raise ValueError(f"{target} exists; move it away, or give another OUT")
+    unfinished = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield unfinished
+        if target.exists():
+            raise ValueError(f"{target} appeared meanwhile; nothing was written over")
+        unfinished.rename(target)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{target} could not be written: {error}") from error
+    finally:
+        if unfinished.is_dir():
+            shutil.rmtree(unfinished, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                unfinished.unlink()
 
 
 def read_json(path: Path) -> Any:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import secrets
 import shutil
 from collections import deque
@@ -156,6 +157,10 @@ def prepare(
     _check_options(context_length, tokenizer, vocab_size, fraction, skip_bad, num_workers, shard_rows)
     sources = resolve_inputs(inputs)
     held_out = resolve_inputs([validation_input]) if validation_input is not None else []
+    real = {_real(source) for source in held_out}
+    sources = [source for source in sources if _real(source) not in real]
+    if not sources:
+        raise DataError("the --validation_input is all of the inputs: nothing is left to train on.")
     target = Path(out).expanduser().resolve()
     existing = _existing(target)
     if existing is None:
@@ -202,7 +207,11 @@ def prepare(
             split: BlockWriter(folder, split, context_length, eos_id, token_dtype, shard_rows) for split in SPLITS
         }
         largest = _second_pass(corpus, scan, used, eos_token, writers, num_workers or usable_cores())
-        used.save(str(folder / TOKENIZER))
+        (folder / TOKENIZER).write_text(used.to_str(pretty=True), encoding="utf-8")
+        splits = {split: writer.close() for split, writer in writers.items()}
+        for split, info in splits.items():
+            if not info.blocks:
+                raise DataError(f"the documents of {split} have no tokens: the tokenizer drops their text.")
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             context_length=context_length,
@@ -216,10 +225,14 @@ def prepare(
             empty_documents=scan.empty,
             bad_documents=scan.bad,
             tokenizer=FileEntry.of(folder / TOKENIZER),
-            splits={split: writer.close() for split, writer in writers.items()},
+            splits=splits,
         )
         manifest.save(folder)
     return manifest
+
+
+def _real(source: Source) -> str:
+    return source.location if source.kind == "hub" else os.path.realpath(source.location)
 
 
 def _check_options(
@@ -342,5 +355,7 @@ def _appearing(target: Path) -> Iterator[Path]:
             folder.rename(target)  # replaces an empty folder and nothing else
         except OSError as error:
             raise DataError(f"{target} appeared meanwhile ({error.strerror}); nothing was written over.") from error
+    except OSError as error:  # a full disk, or an input that can be read no more
+        raise DataError(f"{error}. {target} was not written.") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -78,6 +78,8 @@ def resolve_inputs(inputs: Iterable[str]) -> list[Source]:
 def _resolve(item: str) -> list[Source]:
     if item == STDLIB:
         return _stdlib_sources()
+    if item == HUB_PREFIX:
+        raise DataError(f"{HUB_PREFIX} names no dataset: give {HUB_PREFIX}NAME[@CONFIG][:SPLIT].")
     if item.startswith(HUB_PREFIX):
         return [Source("hub", item)]
     path = Path(item).expanduser()
@@ -92,7 +94,7 @@ def _resolve(item: str) -> list[Source]:
     if path.exists():
         return [_file_source(path)]
     if glob.has_magic(item):
-        matches = sorted(Path(match) for match in glob.glob(os.path.expanduser(item), recursive=True))
+        matches = sorted({Path(match) for match in glob.glob(os.path.expanduser(item), recursive=True)})
         files = [match for match in matches if match.is_file()]
         if not files:
             raise DataError(
@@ -107,16 +109,34 @@ def _resolve(item: str) -> list[Source]:
 
 
 def _walk(folder: Path, skip: set[str]) -> list[Path]:
-    """All files under a folder in sorted order, without hidden ones and without the folders named in `skip`."""
+    """All files under a folder in sorted order, without hidden ones and without the folders named in `skip`.
+
+    Links are followed, but to no folder twice.
+
+    Raises:
+        DataError: A folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"the folder {error.filename} cannot be read: {error.strerror}.") from error
+
+    def is_new(path: Path) -> bool:
+        real = path.resolve()
+        return not (real in seen or seen.add(real))  # type: ignore[func-returns-value]
+
     files: list[Path] = []
-    for parent, folders, names in os.walk(folder):
+    seen = {folder.resolve()}
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = sorted(name for name in folders if name not in skip and not name.startswith("."))
+        folders[:] = [name for name in folders if is_new(Path(parent, name))]
         files.extend(Path(parent, name) for name in sorted(names) if not name.startswith("."))
     return files
 
 
 def _file_source(path: Path) -> Source:
     name = path.name.lower()
+    if name.endswith((".gz", ".bz2", ".xz", ".zip")):
+        raise DataError(f"{path} is compressed in a way that is not read here: decompress it, or give a .jsonl.zst.")
     for kind in ("jsonl", "jsonl.zst", "parquet"):
         if name.endswith(f".{kind}"):
             return Source(kind, str(path))

@@ -16,8 +16,8 @@ EOS_TOKEN = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # 256 bytes and EOS
 # An Encoding takes some 400 bytes a token, so a long document is encoded in pieces.
 PIECE_CHARACTERS = 1 << 18
-# Before the one space between two words. The pre-tokenizers in use (GPT-2's and those after it, and SentencePiece's)
-# begin a new word there whatever surrounds it, so the pieces encode to the same tokens as the whole.
+# Before the one space between two words. Most pre-tokenizers in use (GPT-2's and those after it) begin a new word there
+# whatever surrounds it, so the pieces encode to the same tokens as the whole; _may_split asks the tokenizer at hand.
 _CUT = re.compile(r"(?<=[^\W_])(?= [^\W\d_])")
 
 
@@ -139,7 +139,7 @@ def encode_documents(tokenizer: Tokenizer, texts: list[str], eos_id: int) -> tup
     pieces: list[str] = []
     owners: list[int] = []
     for number, text in enumerate(texts):
-        for piece in split_pieces(text):
+        for piece in split_pieces(text) if len(text) > PIECE_CHARACTERS and _may_split(tokenizer) else [text]:
             pieces.append(piece)
             owners.append(number)
     parts: list[np.ndarray] = []
@@ -158,6 +158,12 @@ def encode_documents(tokenizer: Tokenizer, texts: list[str], eos_id: int) -> tup
         if position + 1 == len(owners) or owners[position + 1] != owner:
             parts.append(end)
     return np.concatenate(parts), lengths
+
+
+def _may_split(tokenizer: Tokenizer) -> bool:
+    """Whether pieces encode as the whole does: not where a normaliser adds a space in front of a text, or takes one."""
+    whole, *parts = (tokenizer.encode(text, add_special_tokens=False).ids for text in ("one two", "one", " two"))
+    return whole == parts[0] + parts[1]
 
 
 def _encodings(tokenizer: Tokenizer, pieces: list[str]) -> Iterator[list[int]]:

@@ -74,8 +74,13 @@ def main(args: list[str]) -> int:
             raise ValueError(
                 "--name would be that of two results: give --tasks and --perplexity in two calls, or no name"
             )
+        for key, least in (("limit", 1), ("num_fewshot", 0)):
+            value = getattr(options, key)
+            if value is not None and value < least:
+                raise ValueError(f"--{key} is {value}; it must be at least {least}")
         settings = _settings(options)
-        name = options.name or (_named_after(tasks, settings) if tasks else "perplexity")
+        name = options.name + (settings if tasks else "") if options.name else None
+        name = name or (_named_after(tasks, settings) if tasks else "perplexity")
         if not re.fullmatch(r"[\w.-]{1,200}", name):
             raise ValueError(f"--name is {name!r}; give letters, digits, '.', '_' and '-' only, 200 at most")
         if tasks:  # before anything that takes long
@@ -87,8 +92,10 @@ def main(args: list[str]) -> int:
         import torch
 
         from mhf_lightning.checkpoint.trained import read_trained, read_vocabulary
+        from mhf_lightning.evaluation.results import check_writable
 
         trained = read_trained(Path(options.run))
+        check_writable(trained)
         vocabulary = read_vocabulary(trained, Path(options.data) if options.data else None)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         decoder = trained.decoder(device, torch.bfloat16 if device.type == "cuda" else torch.float32)

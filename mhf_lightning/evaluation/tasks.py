@@ -68,15 +68,18 @@ class DecoderLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """Continue texts until one of the task's stop strings; a long text loses its beginning."""
+        """Continue texts until one of the task's stop strings; a long text loses its beginning.
+
+        At most half of the context is kept free for what the task wants written: its wish may be longer than all of it.
+        """
         texts = []
         device = self.decoder.embedding.weight.device
         for request in track(requests, "generating", transient=True, disable=disable_tqdm):
             text, options = request.args
             wanted = normalize_gen_kwargs(options)
-            count = min(wanted["max_gen_toks"], self.vocabulary.context_length - 1)
-            ids = (self.tok_encode(text) or [self.eot_token_id])[-(self.vocabulary.context_length - count) :]
-            new: list[int] = []
+            ids, context = self.tok_encode(text) or [self.eot_token_id], self.vocabulary.context_length
+            count = min(wanted["max_gen_toks"], max(context - len(ids), context // 2))
+            ids, new, written = ids[-(context - count) :], [], ""
             for token in generate(
                 self.decoder,
                 [torch.tensor(ids, device=device)],

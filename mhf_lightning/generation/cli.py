@@ -39,6 +39,10 @@ def main(args: list[str]) -> int:
         from mhf_lightning.checkpoint.trained import read_trained, read_vocabulary
         from mhf_lightning.model.generate import generate
 
+        try:
+            options.prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("the prompt is not UTF-8") from error
         if options.max_new_tokens < 1:
             raise ValueError(f"--max_new_tokens is {options.max_new_tokens}; it must be at least 1")
         trained = read_trained(Path(options.run))

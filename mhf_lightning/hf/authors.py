@@ -6,7 +6,6 @@ Of the smaller switches of their module, which no tensor shows, only the release
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from mhf_kernels.authors import from_authors, to_authors
 from torch import Tensor
 from transformers import LlamaConfig
 
-from mhf_lightning.checkpoint.files import TensorFile, write_json, write_tensors
+from mhf_lightning.checkpoint.files import TensorFile, appearing, write_json, write_tensors
 from mhf_lightning.checkpoint.trained import Trained
 from mhf_lightning.hf.llama import decoder_config, from_llama, to_llama
 from mhf_lightning.model import DecoderConfig, FFNConfig
@@ -96,15 +95,9 @@ def export_authors(trained: Trained, output: Path) -> None:
         raise ValueError(f"{trained.checkpoint} has {ffn.name} layers; the authors' names are those of flash_mhf alone")
     if ffn.gate == "softmax":
         raise ValueError(f"{trained.checkpoint} has a softmax gate; the authors' module has the sigmoid one alone")
-    if output.exists():
-        raise ValueError(f"{output} exists; move it away, or give another OUT")
     weights = to_authors(to_llama(trained.weights))
     if config.tie_embeddings:
         weights.pop("lm_head.weight")
-    unfinished = output.with_name(output.name + ".tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    write_tensors(unfinished / "model.safetensors", weights)
     about = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,
@@ -117,5 +110,7 @@ def export_authors(trained: Trained, output: Path) -> None:
         "rope_theta": config.rope_theta,
         "tie_word_embeddings": config.tie_embeddings,
     }
-    write_json(unfinished / "config.json", about)
-    unfinished.rename(output)
+    with appearing(output) as unfinished:
+        unfinished.mkdir()
+        write_tensors(unfinished / "model.safetensors", weights)
+        write_json(unfinished / "config.json", about)

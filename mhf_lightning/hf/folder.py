@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from mhf_lightning.checkpoint.files import write_tensors
+from mhf_lightning.checkpoint.files import appearing, write_tensors
 from mhf_lightning.checkpoint.trained import Trained, Vocabulary, read_vocabulary
 from mhf_lightning.data.tokenizer import vocab_size_of
 from mhf_lightning.hf.authors import open_authors, read_authors
@@ -56,16 +56,14 @@ def export_hf(trained: Trained, output: Path, *, data: Path | None, dtype: str, 
     with torch.device("meta"):
         model = FlashMHFForCausalLM(config)
     model.model = trained.decoder(dtype=None if dtype == "saved" else getattr(torch, dtype))
-    unfinished = output.with_name(output.name + ".tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
     logging.disable_progress_bar()
-    model.save_pretrained(unfinished, max_shard_size=max_shard_size)
-    tokenizer_of(vocabulary).save_pretrained(unfinished)
-    card = unfinished / "README.md"
-    card.write_text(model_card(trained, vocabulary, dtype), encoding="utf-8")
-    for file in unfinished.iterdir():  # safetensors makes its files for their owner alone, whatever the umask
-        shutil.copymode(card, file)
-    unfinished.rename(output)
+    with appearing(output) as unfinished:
+        model.save_pretrained(unfinished, max_shard_size=max_shard_size)
+        tokenizer_of(vocabulary).save_pretrained(unfinished)
+        card = unfinished / "README.md"
+        card.write_text(model_card(trained, vocabulary, dtype), encoding="utf-8")
+        for file in unfinished.iterdir():  # safetensors makes its files for their owner alone, whatever the umask
+            shutil.copymode(card, file)
 
 
 def tokenizer_of(vocabulary: Vocabulary) -> PreTrainedTokenizerFast:
@@ -122,18 +120,16 @@ def import_hf(folder: Path, output: Path) -> tuple[DecoderConfig, str]:
     with torch.device("meta"):
         expected = Decoder(config).state_dict()
     _check_names(folder, {name for name, _ in _shapes(expected).items() ^ _shapes(weights).items()})
-    unfinished = output.with_name(output.name + ".tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    write_tensors(unfinished / "model.safetensors", weights)
     decoder = config.to_dict()
     decoder["ffn"] = {key: value for key, value in decoder["ffn"].items() if value is not None}
     start = {"model": {"init_from": os.path.abspath(output / "model.safetensors"), "decoder": decoder}}
     text = f"# From {folder}, {name}, for mhf fit --config\n{yaml.safe_dump(start, sort_keys=False)}"
-    (unfinished / "model.yaml").write_text(text, encoding="utf-8")
-    if (folder / "tokenizer.json").exists():
-        shutil.copyfile(folder / "tokenizer.json", unfinished / "tokenizer.json")
-    unfinished.rename(output)
+    with appearing(output) as unfinished:
+        unfinished.mkdir()
+        write_tensors(unfinished / "model.safetensors", weights)
+        (unfinished / "model.yaml").write_text(text, encoding="utf-8")
+        if (folder / "tokenizer.json").exists():
+            shutil.copyfile(folder / "tokenizer.json", unfinished / "tokenizer.json")
     return config, name
 
 

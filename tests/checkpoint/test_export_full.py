@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from mhf_lightning.checkpoint import files
 from mhf_lightning.checkpoint.export import export_full
 from mhf_lightning.checkpoint.trained import Trained
 from mhf_lightning.model import Decoder, DecoderConfig, FFNConfig
@@ -25,6 +26,19 @@ def test_a_name_with_dots_keeps_them(trained, tmp_path):
     }
     assert json.loads((tmp_path / "flash-1.3b.json").read_text())["step"] == 7
     assert load_file(tmp_path / "flash-1.3b.safetensors").keys() == trained.weights.keys()
+
+
+def test_nothing_of_another_name_is_touched_and_a_failure_leaves_nothing(trained, tmp_path, monkeypatch):
+    (tmp_path / "a.safetensors.tmp").write_text("of the user")
+    export_full(trained, tmp_path / "a.safetensors")
+    assert (tmp_path / "a.safetensors.tmp").read_text() == "of the user"
+    (tmp_path / "b").mkdir()
+    monkeypatch.setattr(files, "write_json", lambda path, _: path.write_text("{") and path.rename(path / "full"))
+    with pytest.raises(ValueError, match=r"b/c\.json could not be written"):
+        export_full(trained, tmp_path / "b/c.safetensors")
+    assert list((tmp_path / "b").iterdir()) == []
+    with pytest.raises(ValueError, match=r"d\.safetensors could not be written: .*File exists"):
+        export_full(trained, tmp_path / "a.json/d.safetensors")
 
 
 @pytest.mark.parametrize("name", ["flash-1.3b", "x.json", "x"])

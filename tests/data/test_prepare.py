@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 import pytest
 from data_corpus import CONTEXT_LENGTH, write_jsonl
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from mhf_lightning.data import prepare as module
 from mhf_lightning.data.errors import DataError
@@ -100,6 +100,17 @@ def test_of_few_documents_one_goes_to_each_side(tmp_path, texts, capsys, fractio
         assert prepare([str(path)], str(tmp_path / name), **options, skip_bad=1) == manifest  # already there
         capsys.readouterr()
     assert (tmp_path / "a/tokenizer.json").read_bytes() == (tmp_path / "b/tokenizer.json").read_bytes()
+
+
+def test_what_is_validated_on_is_not_trained_on_though_an_input_holds_it(tmp_path, texts):
+    write_jsonl(tmp_path / "a.jsonl", texts[:30])
+    held_out = write_jsonl(tmp_path / "b.jsonl", texts[30:40])
+    options = {"context_length": 32, "vocab_size": 300, "num_workers": 1, "validation_input": str(held_out)}
+    (tmp_path / "link.jsonl").symlink_to(held_out)
+    manifest = prepare([str(tmp_path / "*.jsonl")], str(tmp_path / "out"), **options)
+    assert {split: manifest.splits[split].documents for split in SPLITS} == {"train": 30, "validation": 10}
+    with pytest.raises(DataError, match="the --validation_input is all of the inputs"):
+        prepare([str(held_out)], str(tmp_path / "none"), **options)
 
 
 def test_an_input_of_its_own_is_the_validation_split(tmp_path, texts):
@@ -251,9 +262,21 @@ def test_a_failing_write_leaves_nothing(tmp_path, corpus, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(BlockWriter, "close", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(DataError, match=r"No space left on device. .*deep was not written"):
         prepare([str(corpus)], str(tmp_path / "out" / "deep"), **OPTIONS)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_documents_without_tokens_make_no_dataset(tmp_path, prepared):
+    words = Tokenizer.from_file(str(prepared / "tokenizer.json"))
+    words.normalizer = normalizers.Strip()
+    words.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "a.txt").write_text("a text")
+    (tmp_path / "b.txt").write_text(" \n")
+    options = {"context_length": 8, "tokenizer": str(tmp_path / "tokenizer.json"), "num_workers": 1}
+    with pytest.raises(DataError, match="the documents of validation have no tokens"):
+        prepare([str(tmp_path / "a.txt")], str(tmp_path / "o"), validation_input=str(tmp_path / "b.txt"), **options)
+    assert not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

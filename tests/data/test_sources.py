@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import sysconfig
 from pathlib import Path
 
@@ -48,6 +50,45 @@ def test_globs_and_explicit_files(folder):
     assert texts_of(f"{folder}/*.jsonl", f"{folder}/a.txt") == ["b1", "b2", "one\r\ntwo é"]
     assert texts_of(f"{folder}/**") == texts_of(folder / "a.txt", folder / "b.jsonl", folder / "sub/c.jsonl.zst",
                                                 folder / "sub/d.parquet", folder / "sub/e.py")  # fmt: skip
+
+
+def test_a_glob_reads_a_file_once(tmp_path):
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/b/x.txt").write_text("once")
+    assert texts_of(str(tmp_path / "**/**/*.txt")) == ["once"]
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    for name in ("corpus/inner", "elsewhere"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "corpus/inner/a.txt").write_text("a")
+    (tmp_path / "elsewhere/b.txt").write_text("b")
+    (tmp_path / "corpus/more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "corpus/inner/around").symlink_to(tmp_path / "corpus")
+    assert texts_of(str(tmp_path / "corpus")) == ["a", "b"]
+
+
+def test_a_folder_that_cannot_be_read_is_no_empty_one(tmp_path, monkeypatch):
+    (tmp_path / "private").mkdir()
+    (tmp_path / "a.txt").write_text("a")
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.fspath(path).endswith("private"):
+            raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match="private cannot be read: Permission denied"):
+        resolve_inputs([str(tmp_path)])
+
+
+def test_other_compressions_are_refused_and_a_dataset_needs_a_name(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(b"\x1f\x8b")
+    with pytest.raises(DataError, match=r"compressed in a way that is not read here: .*\.jsonl\.zst"):
+        resolve_inputs([str(tmp_path / "a.jsonl.gz")])
+    with pytest.raises(DataError, match="hf:// names no dataset"):
+        resolve_inputs(["hf://"])
 
 
 def test_a_file_whose_name_looks_like_a_glob(tmp_path):

@@ -109,7 +109,7 @@ GPT4 = (
 )
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "prefix space", "gpt4", "metaspace"])
+@pytest.mark.parametrize("kind", ["gpt2", "prefix space", "gpt4", "metaspace", "prepend"])
 def test_long_documents_encode_in_pieces_as_a_whole(texts, kind, monkeypatch):
     tokenizer = train_tokenizer(texts, 500)
     if kind == "prefix space":
@@ -120,6 +120,11 @@ def test_long_documents_encode_in_pieces_as_a_whole(texts, kind, monkeypatch):
     elif kind == "metaspace":
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=700, special_tokens=[EOS_TOKEN]))
+    elif kind == "prepend":  # as Llama 2 has it; here pieces would not do
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
         tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=700, special_tokens=[EOS_TOKEN]))
     text = "  " + "\n\n".join(texts) + "\n \n\n  x\ny\n"
     whole = tokenizer.encode(text).ids

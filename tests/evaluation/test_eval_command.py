@@ -14,6 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_scoring import log_likelihoods
 
 from mhf_lightning.checkpoint.trained import read_trained, read_vocabulary
+from mhf_lightning.evaluation import tasks as module
+from mhf_lightning.evaluation.results import write_results
 
 QUESTIONS = [
     {"question": f"def f{i}(", "choices": [" self", " x, y", " *args):\n    return"], "answer": i % 3}
@@ -103,6 +105,26 @@ def test_generated_answers_stop_where_the_task_says(made_run, tasks, capsys):
     assert found["results"]["write"]["exact_match"] == pytest.approx(3 / 4)
 
 
+def test_an_answer_longer_than_the_context_leaves_the_question_whole(made_run, tasks, capsys, monkeypatch):
+    prompts = []
+
+    def recorded(decoder, sequences, count, **options):
+        prompts.append((len(sequences[0]), count))
+        return generate(decoder, sequences, count, **options)
+
+    generate = module.generate
+    monkeypatch.setattr(module, "generate", recorded)
+    options = {"output_type": "generate_until", "doc_to_text": "{{prompt}}", "doc_to_target": "x"}
+    options["generation_kwargs"] = {"until": ["\n\n\n"], "max_gen_toks": 256, "do_sample": False}
+    rows = [{"prompt": "import json"}, {"prompt": "x = 1\n" * 200}]
+    write_task(tasks, "long", rows, metric_list=[{"metric": "exact_match"}], **options)
+    mhf(capsys, "eval", str(made_run), "--tasks", "long", "--task_dir", str(tasks))
+    encode = read_vocabulary(read_trained(made_run)).tokenizer.encode
+    short = len(encode(rows[0]["prompt"]).ids)
+    assert short < CONTEXT // 2 < len(encode(rows[1]["prompt"]).ids)
+    assert prompts == [(short, CONTEXT - short), (CONTEXT - CONTEXT // 2, CONTEXT // 2)]
+
+
 def test_results_of_other_tasks_and_settings_do_not_replace_each_other(made_run, tasks, capsys):
     options = ("eval", str(made_run), "--task_dir", str(tasks), "--tasks")
     mhf(capsys, *options, "choose")
@@ -111,12 +133,12 @@ def test_results_of_other_tasks_and_settings_do_not_replace_each_other(made_run,
     mhf(capsys, *options, "choose", "--limit", "2")
     mhf(capsys, *options, "choose", "--num_fewshot", "1", "--limit", "3")
     mhf(capsys, *options, "choose", "--limit", "1", "--name", "trial")
-    names = ("choose", "roll", "choose-limit-2", "choose-fewshot-1-limit-3", "trial")
+    names = ("choose", "roll", "choose-limit-2", "choose-fewshot-1-limit-3", "trial-limit-1")
     assert {path.name for path in (made_run / "eval").iterdir()} == {f"{name}-step-7.json" for name in names}
     files = {name: json.loads((made_run / f"eval/{name}-step-7.json").read_text()) for name in names}
     assert [files[name]["limit"] for name in names] == [None, None, 2, 3, 1]
     assert [files[name]["name"] for name in names] == list(names)
-    assert list(files["trial"]["results"]) == ["choose-limit-1"]
+    assert list(files["trial-limit-1"]["results"]) == ["choose-limit-1"]
     assert values(made_run, "eval/choose/acc") == whole
     assert len(values(made_run, "eval/choose-limit-2/acc")) == 1
 
@@ -161,6 +183,8 @@ def test_perplexity_of_files_is_written_by_document(made_run, made_corpus, tmp_p
         (("--perplexity", "{empty}", "--name", "a/b"), "--name is 'a/b'"),
         (("--perplexity", "{empty}", "--batch_size", "0"), "--batch_size is 0"),
         (("--perplexity", "{empty}", "--tasks", "choose", "--name", "a"), "in two calls, or no name"),
+        (("--tasks", "choose", "--limit", "0"), "--limit is 0; it must be at least 1"),
+        (("--tasks", "choose", "--num_fewshot", "-1"), "--num_fewshot is -1; it must be at least 0"),
         (("--tasks", ",".join(["choose"] * 40)), "40 tasks are too many to name the result after: give --name"),
     ],
 )
@@ -215,3 +239,18 @@ def test_a_task_whose_data_is_absent_says_how_to_get_it(task, made_run, tmp_path
     assert f"the data of the task {task!r} could not be read" in error
     assert f"HF_HOME=FOLDER mhf eval RUN --tasks {task} --limit 1" in error
     assert "Traceback" not in done.stderr
+
+
+def test_a_run_folder_that_takes_nothing_is_named_before_the_work(made_run, tmp_path, capsys):
+    (made_run / "eval").write_text("in the way")
+    (tmp_path / "a.txt").write_text("x = 1")
+    printed = mhf(capsys, "eval", str(made_run), "--perplexity", str(tmp_path / "a.txt"), code=2)
+    assert "results cannot be written to" in one_line(printed)
+    assert "wrote" not in printed[0]
+
+
+def test_what_is_no_number_is_null_everywhere(made_run):
+    trained = read_trained(made_run)
+    path = write_results(trained, "tasks", "odd", {"a": {"nll": math.nan}}, {"documents": [{"nll": math.inf, "n": 2}]})
+    content = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert (content["results"], content["documents"]) == ({"a": {"nll": None}}, [{"nll": None, "n": 2}])

@@ -307,7 +307,7 @@ def test_another_gate_is_another_architecture():
 
 
 def test_a_run_from_another_s_checkpoint_saves_between_steps(corpus, decoder_config, tmp_path):
-    """The first micro-batch of a branch comes while the step is still that of the checkpoint, which is due for a save."""
+    """At the first micro-batch of a branch the step is still that of the checkpoint, which is due for a save."""
     run(corpus, decoder_config, tmp_path / "whole", 0)
     run(corpus, decoder_config, tmp_path / "branch", 0, ckpt_path=tmp_path / "whole" / "step-5")
     (path,) = (tmp_path / "branch").glob("step-*")
