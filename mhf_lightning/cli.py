@@ -8,7 +8,7 @@ import sys
 from importlib import import_module
 
 from mhf_lightning import __version__
-from mhf_lightning.output import flush
+from mhf_lightning.output import flush, leave_closed_pipe
 from mhf_lightning.signals import block_stop_signals
 
 HELP = f"""mhf {__version__}: pretrain language models with FlashMHF feed-forward layers
@@ -68,7 +68,16 @@ def main(args: list[str] | None = None) -> None:
     elif args[0] == "--version":
         print(f"mhf-lightning {__version__}")
     elif args[0] in COMMANDS:
-        sys.exit(import_module(COMMANDS[args[0]]).main(args[1:]))
+        try:
+            code = import_module(COMMANDS[args[0]]).main(args[1:])
+            sys.stdout.flush()
+            sys.exit(code)
+        except KeyboardInterrupt:
+            print("\nmhf: interrupted", file=sys.stderr)
+            sys.exit(130)
+        except BrokenPipeError as error:  # mhf runs | head
+            leave_closed_pipe(error, sys.stdout.fileno())
+            sys.exit(1)
     elif args[0] not in LIGHTNING_COMMANDS and not args[0].startswith("-"):
         commands = (*COMMANDS, *LIGHTNING_COMMANDS)
         near = difflib.get_close_matches(args[0], commands, n=1)

@@ -56,7 +56,8 @@ def encode_in_order(
                 yield from _finished(*waiting.popleft())
         except BrokenProcessPool as error:
             raise DataError(
-                "a tokenizer process was killed, most often for lack of memory. Use a smaller --num_workers."
+                "a tokenizer process was killed, most often for lack of memory: use a smaller --num_workers. Or "
+                "prepare() is called by a script outside of `if __name__ == '__main__':`, which each process imports."
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

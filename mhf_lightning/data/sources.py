@@ -83,6 +83,14 @@ def _resolve(item: str) -> list[Source]:
     if item.startswith(HUB_PREFIX):
         return [Source("hub", item)]
     path = Path(item).expanduser()
+    try:
+        path.stat()
+    except FileNotFoundError:
+        pass  # a glob, perhaps
+    except OSError as error:  # a text that was meant as one
+        raise DataError(
+            f"the input {item[:60]!r} cannot be read: {error.strerror}. Give a file or a folder."
+        ) from error
     if path.is_dir():
         files = [file for file in _walk(path, skip=set()) if file.name.lower().endswith(SUFFIXES)]
         if not files:

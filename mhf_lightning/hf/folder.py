@@ -143,7 +143,7 @@ def _read_with_transformers(folder: Path, model_type: str) -> tuple[DecoderConfi
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", use_safetensors=True, output_loading_info=True, **local
         )
-    except (OSError, RuntimeError, TypeError, SafetensorError, StrictDataclassError) as error:
+    except (ImportError, OSError, RuntimeError, TypeError, SafetensorError, StrictDataclassError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"{folder} cannot be read as a {model_type} model: {first}") from error
     model, loading = loaded

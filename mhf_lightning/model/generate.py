@@ -142,7 +142,7 @@ def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Gene
 
     Args:
         logits: ``[B, vocab_size]``.
-        temperature: Divides the logits; lower is closer to the most likely token, and 0 is that token.
+        temperature: Divides the logits; lower is closer to the most likely token, and 0 (or below 1e-6) is that token.
         top_p: Draw among the most likely tokens that hold this much probability.
         generator: Source of randomness, on the CPU; the global one is not touched when given.
 
@@ -155,7 +155,7 @@ def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Gene
     if temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"temperature is {temperature} and top_p {top_p}; they must be 0 or more, and in (0, 1]")
     logits = logits.float().cpu()
-    if temperature == 0:
+    if temperature < 1e-6:  # the quotients would overflow
         return logits.argmax(dim=-1)
     ordered, order = torch.softmax(logits / temperature, dim=-1).sort(descending=True)
     ordered[ordered.cumsum(-1) - ordered >= top_p] = 0.0

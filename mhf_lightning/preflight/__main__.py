@@ -38,6 +38,10 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--timeout", type=float, default=60.0, help="Seconds to wait for a node, each time.")
     parser.add_argument("--json", type=Path, help="Also write what was found to this file.")
     options = parser.parse_args(args)
+    if not 0 < options.timeout < float("inf"):
+        parser.error(f"--timeout is {options.timeout}; give seconds")
+    if options.json and not options.json.parent.is_dir():
+        parser.error(f"--json {options.json} lies in no folder that there is")
     rank, names = place()
     node = check_node(options.run_dir, options.min_free_gib)
     address = os.environ.get("MASTER_ADDR", names[0])

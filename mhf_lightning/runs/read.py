@@ -106,7 +106,7 @@ def read_history(path: Path) -> tuple[list[dict[str, Any]], str | None]:
             continue
         try:
             event = json.loads(line)
-        except ValueError:  # of JSON, or of UTF-8
+        except (ValueError, RecursionError):  # of JSON, or of UTF-8
             event = None
         if not isinstance(event, dict):
             damage = damage or torn

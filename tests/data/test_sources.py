@@ -155,6 +155,8 @@ def test_hub_local_folders(tmp_path, monkeypatch):
 def test_missing_path(tmp_path):
     with pytest.raises(DataError, match=r"nowhere.txt' does not exist.*Give a file, a folder"):
         resolve_inputs([str(tmp_path / "nowhere.txt")])
+    with pytest.raises(DataError, match="cannot be read: File name too long"):
+        resolve_inputs(["a text, not its file " * 30])
 
 
 def test_glob_without_a_match(tmp_path):

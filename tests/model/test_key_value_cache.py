@@ -89,6 +89,10 @@ def test_drawing_keeps_to_the_nucleus_and_the_temperature():
     assert draw(logits, 1.0, 1e-6, generator).unique().tolist() == [0]
 
 
+def test_the_lowest_temperature_is_the_most_likely_token():
+    assert draw(torch.tensor([[1.0, 3.0, 2.0]]), 1e-40, 0.9).tolist() == [1]
+
+
 @pytest.mark.parametrize(("temperature", "top_p"), [(-0.1, 0.9), (1.0, 0.0), (1.0, 1.1)])
 def test_options_out_of_range_are_refused(temperature, top_p):
     with pytest.raises(ValueError, match=f"temperature is {temperature} and top_p {top_p}"):

@@ -1,6 +1,8 @@
 """The table of nodes, from findings written by hand. tests/slurm checks real nodes."""
 
-from mhf_lightning.preflight.__main__ import show
+import pytest
+
+from mhf_lightning.preflight.__main__ import main, show
 from mhf_lightning.preflight.node import Node
 from mhf_lightning.preflight.verdict import Findings
 
@@ -16,3 +18,16 @@ def test_the_slowest_clock_of_a_node_is_shown(capsys):
     show(found, [])
     printed = capsys.readouterr().out
     assert [shown in printed for shown in ("990 of 1980", "1200 of 1980", "[N/A] of 1980")] == [True] * 3
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--timeout", "nan"], "--timeout is nan; give seconds"),
+        (["--json", "/nowhere/found.json"], "--json /nowhere/found.json lies in no folder that there is"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_measured(args, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(args)
+    assert message in capsys.readouterr().err

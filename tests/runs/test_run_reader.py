@@ -158,6 +158,7 @@ def test_a_last_line_torn_at_any_byte_hides_nothing(tmp_path):
         ([FIRST[0], '{"event": "progress", "ti', FIRST[1]], "line 2 is no JSON object"),
         ([FIRST[0], "[1, 2]", FIRST[1]], "line 2 is no JSON object"),
         (["\0" * 40, FIRST[1]], "line 1 is no JSON object"),
+        (["[" * 100_000, FIRST[1]], "line 1 is no JSON object"),
         ([FIRST[0], {**FIRST[1], "step": "1"}], "line 2 has no valid 'step'"),
         ([FIRST[0], {**FIRST[1], "loss": [1]}], "line 2 has no valid 'loss'"),
         ([{"event": "start", "time": 1}], "line 1 has no valid 'process_start'"),

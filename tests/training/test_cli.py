@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import socket
@@ -301,6 +302,30 @@ def test_an_unknown_command_names_the_nearest(typed, hint, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith(hint)
     assert all(command in line for command in ("report", "bench", "plan", "generate", "validate"))
+
+
+def test_a_command_whose_output_nobody_reads_ends_quietly(tmp_path):
+    """As of `mhf runs | head`."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "mhf_lightning.cli", "runs", str(tmp_path)]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    ended = subprocess.run(
+        command, stdout=write, stderr=subprocess.PIPE, env=environment, text=True, check=False, timeout=60
+    )
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+def test_ctrl_c_is_one_line(command, monkeypatch, capsys):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "import_module", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        cli.main([command])
+    assert capsys.readouterr().err == "\nmhf: interrupted\n"
 
 
 def test_help_version_and_completion():
