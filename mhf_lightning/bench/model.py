@@ -171,7 +171,7 @@ def run(args: argparse.Namespace) -> int:
     if not 0 <= args.fully_checkpointed_blocks <= least:
         raise ValueError(f"--fully_checkpointed_blocks must be from 0 to {least}, the blocks of the smallest model")
     on_gpu = torch.cuda.is_available()
-    modes = args.modes or [name for name, mode in MODES.items() if on_gpu or not mode.graph]
+    modes = args.modes or [name for name, mode in MODES.items() if _can_run(mode, args.only, on_gpu)]
     if not on_gpu and any(MODES[name].graph for name in modes):
         raise ValueError("--modes compiled_graph needs a GPU; use eager or compiled")
     if args.fully_checkpointed_blocks and "compiled_ffn" not in modes:
@@ -220,6 +220,13 @@ def run(args: argparse.Namespace) -> int:
         measure.say(f"no plot: {error}")
     measure.say(f"results: {output}")
     return 1 if any("failed in" in row["status"] for row in rows) else 0
+
+
+def _can_run(mode: Mode, only: str | None, on_gpu: bool) -> bool:
+    """Checkpointing is for training, and graphs are of inference, on a GPU."""
+    if mode.graph:
+        return on_gpu and only != "training"
+    return mode.checkpointing == "none" or only != "inference"
 
 
 def _can_be_unfused(config: DecoderConfig) -> bool:

@@ -13,7 +13,7 @@ from mhf_kernels import FlashMHF
 from torch._dynamo.utils import counters
 
 from mhf_lightning.bench.measure import OutOfMemoryError, Stopwatch
-from mhf_lightning.bench.model import MODES, _can_be_unfused, _Case, main, read_model, tables
+from mhf_lightning.bench.model import MODES, _can_be_unfused, _can_run, _Case, main, read_model, tables
 from mhf_lightning.plan.flops import flops_per_token
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the command would take the GPU")
@@ -90,6 +90,15 @@ class Kept:
         if x.is_floating_point() and x.untyped_storage().data_ptr() not in self.weights:
             self.storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
+
+
+def test_modes_that_have_nothing_to_do_are_left_out():
+    kept = {
+        only: {name for name, mode in MODES.items() if _can_run(mode, only, True)} for only in ("inference", "training")
+    }
+    assert kept["inference"] == {name for name, mode in MODES.items() if mode.checkpointing == "none"}
+    assert kept["training"] == {name for name, mode in MODES.items() if not mode.graph}
+    assert not any(_can_run(mode, None, False) for mode in MODES.values() if mode.graph)
 
 
 def test_the_modes_compute_the_same(files, monkeypatch):

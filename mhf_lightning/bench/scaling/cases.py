@@ -226,7 +226,7 @@ def checkpoint(sizes: Sizes) -> list[list[Case]]:
     stages = []
     for model in sizes.models:
         case = replace(sizes.case("checkpoint", model, "fsdp2", max(sizes.processes)), steps=CHECKPOINT_STEPS)
-        killed = replace(case, save_at=((WARMUP + 3, False), (WARMUP + 6, True), (WARMUP + 9, True)), kill=True)
+        killed = replace(case, save_at=((WARMUP + 6, False), (WARMUP + 9, True), (WARMUP + 12, True)), kill=True)
         stages += [[killed], [replace(case, resume=killed.label, stop_after=3)]]
     return stages
 

@@ -170,7 +170,8 @@ def checkpoint_row(killed: tuple[Case, Outcome], resumed: Outcome, checkpoints: 
     committed = max(e["time"] for events in outcome.events for e in events if e.get("committed") == first["saved"])
     at = {event["step"]: event["at"] for event in outcome.events[0] if "step" in event}
     durations = {step: at[step] - at[step - 1] for step in at if step - 1 in at}
-    quiet = [s for step, s in durations.items() if case.warmup < step < min(saves)]
+    # The first one after the warm-up, at whose end ranks wait for the device, ends when it is launched.
+    quiet = [s for step, s in durations.items() if case.warmup + 1 < step < min(saves)]
     writing = [s for step, s in durations.items() if step > first["saved"] + 1 and at[step] <= committed]
     row |= {
         **{"checkpoint_gib": size, "stall_s": at_once["stall_s"], "gib_per_s": size / at_once["stall_s"]},
