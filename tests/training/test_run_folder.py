@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -22,6 +23,7 @@ from forked import mhf, start
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mhf_lightning.callbacks.run_folder import ResolvedConfig
+from mhf_lightning.runs.cli import main as runs_main
 from mhf_lightning.runs.read import find_runs
 from mhf_lightning.training.cli import MHFCLI
 from mhf_lightning.training.ranks import is_first_process
@@ -254,6 +256,15 @@ def test_a_trial_of_a_few_steps_writes_nothing(corpus, tmp_path, more):
     printed = mhf("fit", *arguments(corpus, run_dir, *more))
     assert "max_steps=2` reached" in printed
     assert contents(tmp_path) == before
+
+
+@pytest.mark.slow
+def test_brackets_in_a_path_are_no_markup(corpus, tmp_path, capsys):
+    run_dir = tmp_path / "a[/b]" / "run [s1]"
+    printed = mhf("fit", *arguments(corpus, run_dir, "--trainer.max_steps", "1"))
+    assert f"--logdir {shlex.quote(str(run_dir))}\n" in printed
+    assert runs_main([str(run_dir.parent)]) == 0
+    assert "run [s1]" in capsys.readouterr().out
 
 
 @pytest.mark.slow
